@@ -1,0 +1,37 @@
+"""One picture with what belongs to it, as it comes from the disk."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refine_control.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One sample at its own size; nothing is resized or normalised yet.
+
+    key      unique within its dataset
+    image    uint8 (H, W, 3), RGB, 0..255
+    text     the caption, or None where the source has none
+    mask     uint8 (H, W) of {0, 1}, 1 = hole to fill, or None
+    control  uint8 (H, W, 3), a ready conditioning image, or None
+    extra    every other key of the metadata line
+    """
+
+    key: str
+    image: np.ndarray
+    text: str | None = None
+    mask: np.ndarray | None = None
+    control: np.ndarray | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def require_same_size(key: str, image: np.ndarray, other: np.ndarray | None, what: str) -> None:
+    """Raise DataError unless `other` (H, W[, C]) is as large as `image` (H, W, 3). `what` names it in the message."""
+    if other is not None and other.shape[:2] != image.shape[:2]:
+        raise DataError(
+            f"{key}: the {what} is {other.shape[1]}x{other.shape[0]} but the image is "
+            f"{image.shape[1]}x{image.shape[0]}; resize the {what} to the image's size"
+        )

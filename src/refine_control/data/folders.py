@@ -1,0 +1,169 @@
+"""A folder of pictures, with a Hugging Face `metadata.jsonl` or without captions, as a map-style dataset."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from refine_control.data.example import Example, require_same_size
+from refine_control.data.images import MAX_PIXELS, SUFFIXES, read_image, read_mask
+from refine_control.errors import DataError
+
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: str
+    image: Path
+    text: str | None = None
+    mask: Path | None = None
+    control: Path | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class FolderDataset:
+    """`folder/metadata.jsonl` (Hugging Face image-folder) or, without it, every picture below `folder`, sorted.
+
+    Metadata keys: `file_name` (relative to the folder), `text`, and optionally `mask_file_name` and
+    `conditioning_image_file_name`; the others are kept in `Example.extra`. A plain folder is searched recursively,
+    hidden files and folders (a leading dot) left out. The key of an example is its image's path below the folder.
+
+    Raises DataError when opened: missing or empty folder, broken metadata line, a path that is absolute, climbs out
+    or leaves the folder through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which
+    raises DataError for a broken one and for a mask or control of another size.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.folder = Path(folder)
+        self.max_pixels = max_pixels
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder; check the path")
+        if (self.folder / METADATA).is_file():
+            self._entries = _read_metadata(self.folder)
+        elif (self.folder / "metadata.csv").is_file():
+            raise DataError(f"{self.folder / 'metadata.csv'}: only {METADATA} is read; convert it, one object a line")
+        else:
+            self._entries = [_Entry(_key(path, self.folder), path) for path in _find_images(self.folder)]
+        if not self._entries:
+            raise DataError(f"{self.folder}: no image found; put {', '.join(SUFFIXES)} files there or a {METADATA}")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Example:
+        entry = self._entries[index]
+        image = read_image(entry.image, self.max_pixels)
+        mask = read_mask(entry.mask, self.max_pixels) if entry.mask else None
+        control = read_image(entry.control, self.max_pixels) if entry.control else None
+        require_same_size(entry.key, image, mask, "mask")
+        require_same_size(entry.key, image, control, "conditioning image")
+        return Example(entry.key, image, entry.text, mask, control, dict(entry.extra))
+
+    def keys(self) -> list[str]:
+        """Every example's key, in order; decodes nothing."""
+        return [entry.key for entry in self._entries]
+
+    def text(self, index: int) -> str | None:
+        """The caption, or None; decodes nothing."""
+        return self._entries[index].text
+
+    def extra(self, index: int) -> dict[str, Any]:
+        """The other metadata keys; decodes nothing."""
+        return dict(self._entries[index].extra)
+
+
+def _read_metadata(folder: Path) -> list[_Entry]:
+    """Every line of `folder/metadata.jsonl`, checked; blank lines are skipped."""
+    path = folder / METADATA
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    entries: list[_Entry] = []
+    seen: dict[str, int] = {}
+    root = folder.resolve()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        entry = _entry(_parse_line(line, where), folder, root, where)
+        if entry.key in seen:
+            raise DataError(f"{where}: file_name {entry.key!r} already stands in line {seen[entry.key]}; keep one")
+        seen[entry.key] = number
+        entries.append(entry)
+    return entries
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or type(error).__name__
+        raise DataError(f"{where}: not JSON ({reason}); write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a {type(record).__name__} where an object is needed; write {{\"file_name\": ...}}")
+    return record
+
+
+def _entry(record: dict[str, Any], folder: Path, root: Path, where: str) -> _Entry:
+    record = dict(record)
+    if "file_name" not in record:
+        raise DataError(f"{where}: no file_name; add the image's path, relative to {folder}")
+    image = _inside(record.pop("file_name"), folder, root, f"{where}: file_name")
+    text = record.pop("text", None)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: text is {text!r}; write the caption as a string, or leave it out")
+    mask = record.pop("mask_file_name", None)
+    control = record.pop("conditioning_image_file_name", None)
+    return _Entry(
+        key=_key(image, folder),
+        image=image,
+        text=text,
+        mask=None if mask is None else _inside(mask, folder, root, f"{where}: mask_file_name"),
+        control=None if control is None else _inside(control, folder, root, f"{where}: conditioning_image_file_name"),
+        extra=record,
+    )
+
+
+def _inside(name: Any, folder: Path, root: Path, where: str) -> Path:
+    """`folder/name`, once it is sure to be a file that lies in `root` (the folder, resolved)."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{where} is {name!r}; write a path relative to {folder}")
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{where} {name!r} leaves the folder; write a path relative to {folder}, without '..'")
+    path = folder.joinpath(*relative.parts)
+    _refuse_escape(path, root)
+    if not path.is_file():
+        raise DataError(f"{where} {name!r}: no such file in {folder}; add the file or remove the line")
+    return path
+
+
+def _find_images(folder: Path) -> list[Path]:
+    root = folder.resolve()
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):  # does not follow linked folders
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        for name in (*folders, *pictures):
+            if (Path(parent) / name).is_symlink():
+                _refuse_escape(Path(parent) / name, root)
+        found.extend(Path(parent) / name for name in pictures)
+    return sorted(found, key=lambda path: _key(path, folder))
+
+
+def _refuse_escape(path: Path, root: Path) -> None:
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError):
+        raise DataError(f"{path}: a link that leads nowhere; remove it or put the file there") from None
+    if not resolved.is_relative_to(root):
+        raise DataError(f"{path}: a link that leaves the folder (to {resolved}); copy the file into the folder")
+
+
+def _key(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()

@@ -1,0 +1,212 @@
+"""WebDataset tar shards as a map-style dataset: indexed once, read by seek, never extracted."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from refine_control.data.example import Example, require_same_size
+from refine_control.data.images import MAX_PIXELS, encode_png, encode_webp, read_image, read_mask
+from refine_control.errors import DataError
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+BLOCK = 512
+
+
+class ShardDataset:
+    """Examples of plain tar shards, in the shards' order.
+
+    Members: `KEY.webp|png|jpg|jpeg`, and optionally `KEY.json` ("text" is the caption, the rest is
+    `Example.extra`), `KEY.txt` (the caption where the json has none), `KEY.mask.png`, `KEY.control.png`. As in
+    WebDataset, KEY ends at the first dot of the file's name; members with other endings are ignored.
+
+    Raises DataError when opened: a missing, compressed, cut or damaged tar; a member that is absolute, climbs out
+    or is not a regular file; a key twice; a key without image; no example at all. Nothing is decoded before `ds[i]`.
+    """
+
+    def __init__(self, shards: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
+        self.shards = [Path(shard) for shard in shards]
+        self.max_pixels = max_pixels
+        self._entries: list[tuple[str, int, dict[str, tuple[int, int]]]] = []  # key, shard, ending -> (offset, size)
+        seen: dict[str, Path] = {}
+        for number, shard in enumerate(self.shards):
+            for key, members in _index(shard).items():
+                if key in seen:
+                    raise DataError(f"{shard}: key {key!r} already stands in {seen[key]}; rename or remove one")
+                if not any(ending in members for ending in IMAGE_EXTENSIONS):
+                    raise DataError(f"{shard}: key {key!r} has no image; add {key}.webp, .png or .jpg, or remove it")
+                seen[key] = shard
+                self._entries.append((key, number, members))
+        if not self._entries:
+            raise DataError(f"no example in {[str(shard) for shard in self.shards]}; give shards that hold images")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Example:
+        key, number, members = self._entries[index]
+        label = f"{self.shards[number]}:{key}"
+        ending = next(ending for ending in IMAGE_EXTENSIONS if ending in members)
+        image = read_image(self._read(number, members[ending]), self.max_pixels, f"{label}.{ending}")
+        mask = control = None
+        if "mask.png" in members:
+            mask = read_mask(self._read(number, members["mask.png"]), self.max_pixels, f"{label}.mask.png")
+        if "control.png" in members:
+            control = read_image(self._read(number, members["control.png"]), self.max_pixels, f"{label}.control.png")
+        require_same_size(label, image, mask, "mask")
+        require_same_size(label, image, control, "control")
+        text, extra = self._metadata(index)
+        return Example(key, image, text, mask, control, extra)
+
+    def keys(self) -> list[str]:
+        """Every example's key, in order; decodes nothing."""
+        return [key for key, _, _ in self._entries]
+
+    def text(self, index: int) -> str | None:
+        """The caption, or None; reads the metadata only. Raises DataError for broken metadata."""
+        return self._metadata(index)[0]
+
+    def extra(self, index: int) -> dict[str, Any]:
+        """The other metadata keys; reads the metadata only. Raises DataError for broken metadata."""
+        return self._metadata(index)[1]
+
+    def _metadata(self, index: int) -> tuple[str | None, dict[str, Any]]:
+        key, number, members = self._entries[index]
+        label = f"{self.shards[number]}:{key}"
+        extra: dict[str, Any] = {}
+        try:
+            if "json" in members:
+                extra = json.loads(self._read(number, members["json"]).decode("utf-8"))
+            fallback = self._read(number, members["txt"]).decode("utf-8").strip() if "txt" in members else None
+        except (ValueError, RecursionError):
+            raise DataError(f"{label}: the json or txt is not JSON in UTF-8; write it anew") from None
+        if not isinstance(extra, dict):
+            raise DataError(f"{label}.json: a {type(extra).__name__}; write an object, {{'text': ...}}")
+        text = extra.pop("text", None)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{label}.json: text is {text!r}; write the caption as a string, or leave it out")
+        return (fallback if text is None else text), extra
+
+    def _read(self, number: int, place: tuple[int, int]) -> bytes:
+        # Opened anew each time: no handle is shared by threads or forked workers.
+        shard, (offset, size) = self.shards[number], place
+        try:
+            with shard.open("rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise DataError(f"{shard}: cannot be read ({error.strerror}); put the shard back") from None
+        if len(data) != size:
+            raise DataError(f"{shard}: became shorter while in use; put the shard back")
+        return data
+
+
+def write_shards(
+    examples: Iterable[Example],
+    out_dir: Path,
+    name: str,
+    max_bytes: int = 32_000_000,
+    quality: int | None = None,
+) -> list[Path]:
+    """Write `out_dir/NAME-000000.tar`, ... and return the paths; equal examples give equal bytes.
+
+    Images are WebP, lossless or at `quality`; masks (as 0 and 255) and controls are PNG. Examples are sorted by key
+    and a shard is closed before it would pass `max_bytes`. The encoded examples are held in memory. Shards appear
+    under their names only when all are complete.
+
+    Raises DataError: no example, a key twice, a key with a dot or a leading slash, shards of that name already there.
+    """
+    out_dir = Path(out_dir)
+    if existing := sorted(out_dir.glob(f"{name}-*.tar")):
+        raise DataError(f"{existing[0]}: already there; remove the old {name} shards or choose another name")
+    encoded = sorted((_checked_key(example.key), _encode(example, quality)) for example in examples)
+    if not encoded:
+        raise DataError(f"no example to write as {name} shards; give at least one")
+    for (key, _), (following, _) in pairwise(encoded):
+        if key == following:
+            raise DataError(f"key {key!r} comes twice; make the keys unique")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = [out_dir / f"{name}-{number:06d}.tar" for number, _ in enumerate(_groups(encoded, max_bytes))]
+    for path, group in zip(paths, _groups(encoded, max_bytes), strict=True):
+        with tarfile.open(path.with_suffix(".tar.tmp"), "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, members in group:
+                for ending, data in members:
+                    info = tarfile.TarInfo(f"{key}.{ending}")  # mtime, uid and gid are 0
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    for path in paths:
+        os.replace(path.with_suffix(".tar.tmp"), path)
+    return paths
+
+
+Members = list[tuple[str, bytes]]
+
+
+def _encode(example: Example, quality: int | None) -> Members:
+    """The members of one example as (ending, bytes), sorted."""
+    record = dict(example.extra) if example.text is None else {**example.extra, "text": example.text}
+    members = [("webp", encode_webp(example.image, quality))]
+    if record:
+        members.append(("json", json.dumps(record, ensure_ascii=False, sort_keys=True).encode("utf-8")))
+    if example.mask is not None:
+        members.append(("mask.png", encode_png(example.mask * 255)))
+    if example.control is not None:
+        members.append(("control.png", encode_png(example.control)))
+    return sorted(members)
+
+
+def _groups(encoded: list[tuple[str, Members]], max_bytes: int) -> list[list[tuple[str, Members]]]:
+    groups: list[list[tuple[str, Members]]] = [[]]
+    total = 2 * BLOCK
+    for key, members in encoded:
+        size = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in members)
+        if groups[-1] and total + size > max_bytes:
+            groups.append([])
+            total = 2 * BLOCK
+        groups[-1].append((key, members))
+        total += size
+    return groups
+
+
+def _checked_key(key: str) -> str:
+    if not key or key.startswith("/") or "." in key or "\0" in key or len(key.encode()) > 80:
+        raise DataError(f"key {key!r} cannot name a tar member; use a relative name without dots, at most 80 bytes")
+    return key
+
+
+def _index(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> ending -> (offset, size) of a plain tar's members; every member is checked."""
+    index: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, ending = _split(member, shard)
+                members = index.setdefault(key, {})
+                if ending in members:
+                    raise DataError(f"{shard}: member {member.name!r} comes twice; remove one")
+                members[ending] = (member.offset_data, member.size)
+            end = tar.offset
+        with shard.open("rb") as file:  # tarfile takes a damaged header, or a cut file, for the end
+            file.seek(end)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise DataError(f"{shard}: cut short or damaged at byte {end}; fetch or write the shard again")
+    except tarfile.TarError as error:
+        raise DataError(f"{shard}: not a whole, plain tar ({error}); write it again without compression") from None
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    return index
+
+
+def _split(member: tarfile.TarInfo, shard: Path) -> tuple[str, str]:
+    """A member's (key, ending); raises DataError for one that is not a plain file inside the tar."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise DataError(f"{shard}: member {member.name!r} leaves the shard; write relative names without '..'")
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+        raise DataError(f"{shard}: member {member.name!r} is not a regular file; write only files into the tar")
+    stem, _, ending = path.name.partition(".")
+    return (path.parent / stem).as_posix(), ending.lower()

@@ -1,0 +1,52 @@
+"""A path from a recipe -> the dataset that reads it."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from refine_control.data.folders import METADATA, FolderDataset
+from refine_control.data.images import MAX_PIXELS
+from refine_control.data.shards import ShardDataset
+from refine_control.errors import DataError
+
+SPLITS = ("train", "val", "validation", "test")
+
+
+def open_dataset(
+    path: str | Path, split: str = "train", max_pixels: int = MAX_PIXELS
+) -> FolderDataset | ShardDataset:
+    """Open `path/SPLIT-*.tar` as shards, else `path/SPLIT` or, where nothing is split, `path` as a folder of images.
+
+    A folder without splits gives all its images for every split: keep what you test on elsewhere.
+
+    Raises DataError: no such folder; the folder holds other splits only (they are listed); whatever the dataset
+    itself refuses.
+    """
+    folder = Path(path)
+    if not split or "/" in split or split.startswith(".") or any(letter in split for letter in "*?["):
+        raise DataError(f"split {split!r} is not a name; use 'train', 'val' or 'test'")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; check the path")
+    if shards := sorted(folder.glob(f"{split}-*.tar")):
+        return ShardDataset(shards, max_pixels)
+    if tars := sorted(folder.glob("*.tar")):
+        found = sorted({tar.stem.rpartition("-")[0] or tar.stem for tar in tars})
+        raise DataError(f"{folder}: no {split!r} shards, only {', '.join(found)}; choose one of these")
+    if (folder / split).is_dir():
+        if (folder / METADATA).is_file() and not (folder / split / METADATA).is_file():
+            raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
+        return FolderDataset(folder / split, max_pixels)
+    if others := [name for name in SPLITS if (folder / name).is_dir()]:
+        raise DataError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
+    return FolderDataset(folder, max_pixels)
+
+
+def check(dataset: FolderDataset | ShardDataset) -> list[tuple[str, str]]:
+    """Decode every example and return each fault as (key, reason); an empty list means that all can be read."""
+    faults: list[tuple[str, str]] = []
+    for index, key in enumerate(tqdm(dataset.keys(), desc="checking", unit="image", disable=None)):
+        try:
+            dataset[index]
+        except DataError as error:
+            faults.append((key, str(error)))
+    return faults

@@ -1,0 +1,91 @@
+"""The forward process, in the papers' letters: x_t = alpha_t x_0 + sigma_t eps, and what a network predicts of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from refine_control.recipe import NoiseConfig
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alpha_t, sigma_t: float32 (T,), alpha^2 + sigma^2 = 1. prediction_type: 'epsilon' | 'sample' | 'v_prediction'."""
+
+    alpha: Tensor
+    sigma: Tensor
+    prediction_type: str
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+        """From any diffusers scheduler config: betas and their rescaling are diffusers' own arithmetic."""
+        abar = DDPMScheduler.from_config(config).alphas_cumprod.double().clamp(0, 1)
+        return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), config.get("prediction_type", "epsilon"))
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t, sigma_t shaped (B, 1, 1, ...) to stand beside `like`. t: int64 (B,) in [0, T)."""
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        index = t.to(self.alpha.device)
+        return self.alpha[index].view(shape).to(like), self.sigma[index].view(shape).to(like)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.at(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict: eps, x0, or v = alpha eps - sigma x0 (Salimans & Ho 2022, 2202.00512)."""
+        if self.prediction_type == "epsilon":
+            return eps
+        if self.prediction_type == "sample":
+            return x0
+        alpha, sigma = self.at(t, x0)
+        return alpha * eps - sigma * x0
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a prediction stands for. With 'epsilon', alpha_t must not be 0."""
+        alpha, sigma = self.at(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / alpha
+        if self.prediction_type == "sample":
+            return prediction
+        return alpha * x_t - sigma * prediction
+
+    def row_weight(self, t: Tensor, gamma: float | None) -> Tensor:
+        """Min-SNR-gamma weight (2303.09556) of a squared error in the prediction's own space; 1 without gamma. (B,).
+
+        min(SNR, gamma) weighs an x0 error; dividing by SNR (epsilon) or SNR + 1 (v) carries it to that space.
+        """
+        alpha, sigma = self.at(t, t.float())
+        if gamma is None:
+            return torch.ones_like(alpha)
+        snr = (alpha / sigma.clamp_min(1e-6)) ** 2
+        capped = snr.clamp_max(gamma)
+        if self.prediction_type == "epsilon":
+            return capped / snr.clamp_min(1e-6)
+        if self.prediction_type == "sample":
+            return capped
+        return capped / (snr + 1)
+
+
+def scheduler_config(config: NoiseConfig) -> dict[str, Any]:
+    """The sampler saved with a model that we train: DDIM, latents never clipped, starting from pure noise.
+
+    Zero terminal SNR needs 'trailing' timesteps, or sampling never visits the step of pure noise (2305.08891).
+    """
+    return dict(
+        DDIMScheduler(
+            **config.model_dump(),
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            timestep_spacing="trailing",
+        ).config
+    )

@@ -1,0 +1,144 @@
+"""The embedded teacher, trained by the same loop: first the autoencoder, then foundation + module + text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refine_control.data.batch import Batch
+from refine_control.data.loader import Loader, Pictures
+from refine_control.data.source import open_dataset
+from refine_control.diffusion.encode import Encoder
+from refine_control.diffusion.model import Model, build_autoencoder, build_denoiser, build_text, load
+from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.distill.draw import draw
+from refine_control.distill.loop import Losses, pick_device, set_threads, train
+from refine_control.distill.losses import task_loss
+from refine_control.distill.preview import Preview, save_grid
+from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, save
+
+KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
+
+
+def train_teacher(recipe: TeacherRecipe) -> Path:
+    """Trains what the recipe describes, or goes on where it stopped. Returns the folder of the saved model."""
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(recipe, folder / "recipe.yaml")
+    set_threads(recipe.run)
+    torch.manual_seed(recipe.seed)
+    labelled, unlabelled = open_pictures(recipe.data)
+    model = _fresh_or_loaded(recipe, labelled)
+    model.to(pick_device(recipe.run.device))
+    if not recipe.init_from:
+        _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
+    _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
+    model.save(folder / "model", torch.float16)
+    return folder / "model"
+
+
+def open_pictures(data: DataConfig, split: str = "train", variants: int | None = None) -> tuple[Pictures, Pictures | None]:
+    """The labelled and the plain data set of a recipe, at its resolution."""
+    variants = variants or data.variants
+    labelled = Pictures(open_dataset(data.labelled, split), data, variants, data.labelled_limit)
+    unlabelled = Pictures(open_dataset(data.unlabelled, split), data, variants) if data.unlabelled else None
+    return labelled, unlabelled
+
+
+def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures) -> Model:
+    if recipe.init_from:
+        return load(recipe.init_from)
+    vae = build_autoencoder(recipe.autoencoder)
+    captions = [labelled[i].text or "" for i in range(labelled.examples)]
+    text_encoder, tokenizer = build_text(recipe.text, captions)
+    downscale = 2 ** (len(recipe.autoencoder.block_out_channels) - 1)
+    denoiser = build_denoiser(
+        recipe.denoiser, recipe.autoencoder.latent_channels, recipe.text.hidden_size, recipe.data.resolution // downscale
+    )
+    return Model(denoiser, vae, text_encoder, tokenizer, scheduler_config(recipe.noise))
+
+
+def _loader(recipe: TeacherRecipe, stage: StageConfig, labelled: Pictures, unlabelled: Pictures | None) -> Loader:
+    return Loader(labelled, unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, recipe.seed)
+
+
+def _train_autoencoder(
+    recipe: TeacherRecipe, model: Model, labelled: Pictures, unlabelled: Pictures | None, folder: Path
+) -> None:
+    loader = _loader(recipe, recipe.autoencoder_stage, labelled, unlabelled)
+    fixed = loader(0).image[:16].to(model.device)
+
+    def preview(path: Path) -> None:
+        with torch.no_grad():
+            save_grid(path, [fixed.cpu(), model.decode(model.encode(fixed)).cpu()])
+
+    train(
+        folder,
+        autoencoder_losses(model.vae),
+        {"reconstruction": 1.0, "edges": 0.5, "kl": KL_WEIGHT},
+        loader,
+        model.vae,
+        recipe.autoencoder_stage,
+        recipe.run,
+        preview,
+    )
+    with torch.no_grad():  # Rombach et al. 2022, section G: latents of unit variance
+        modes = model.vae.encode(torch.cat([loader(step).image for step in range(8)]).to(model.device)).latent_dist.mode()
+    model.vae.register_to_config(scaling_factor=float(1 / modes.std()))
+
+
+def autoencoder_losses(vae: nn.Module) -> Callable[[Batch], Losses]:
+    def losses(batch: Batch) -> Losses:
+        posterior = vae.encode(batch.image).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=batch.generator()).to(batch.image)
+        rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
+        return {
+            "reconstruction": F.l1_loss(rebuilt, batch.image),
+            "edges": F.l1_loss(_edges(rebuilt), _edges(batch.image)),
+            "kl": posterior.kl().mean(),
+        }
+
+    return losses
+
+
+def _edges(image: Tensor) -> Tensor:
+    """Differences of neighbours, both ways, (B, 6, H-1, W-1): what keeps outlines sharp."""
+    corner = image[..., :-1, :-1]
+    return torch.cat([image[..., 1:, :-1] - corner, image[..., :-1, 1:] - corner], dim=1)
+
+
+def _train_denoiser(
+    recipe: TeacherRecipe, model: Model, labelled: Pictures, unlabelled: Pictures | None, folder: Path
+) -> None:
+    stage = recipe.denoiser_stage
+    model.vae.requires_grad_(False).eval()
+    trainable = nn.ModuleDict({"denoiser": model.denoiser, "text_encoder": model.text_encoder}).requires_grad_(True)
+    validation = open_pictures(recipe.data, "val", variants=1)
+    train(
+        folder,
+        teacher_losses(model, stage, recipe.data.cache_gb),
+        stage.weights.model_dump(include={"task"}),
+        _loader(recipe, stage, labelled, unlabelled),
+        trainable,
+        stage,
+        recipe.run,
+        Preview(model, validation, recipe.masks, recipe.sample),
+    )
+
+
+def teacher_losses(model: Model, stage: StageConfig, cache_gb: float) -> Callable[[Batch], Losses]:
+    """L_task alone, the text encoder learning along."""
+    schedule = NoiseSchedule.from_config(model.scheduler)
+    encoder = Encoder(model, cache_gb)
+
+    def losses(batch: Batch) -> Losses:
+        d = draw(batch, encoder.latents(batch), schedule, stage.caption_dropout)
+        prediction = model.denoiser(d.x_t, d.t, model.embed(list(d.captions)), d.control)
+        weight = schedule.row_weight(d.t, stage.snr_gamma)
+        return {"task": task_loss(prediction, d.target, weight)}
+
+    return losses

@@ -1,0 +1,17 @@
+"""What a user can do wrong, named. Every message states the bad value and the mend."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us; the command line prints it in one line and exits with 2."""
+
+
+class RecipeError(UserError):
+    """A recipe key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """A folder, shard, image, mask or caption that cannot be read or does not fit."""
+
+
+class ModelError(UserError):
+    """A model folder that cannot be loaded, or models that do not belong together."""

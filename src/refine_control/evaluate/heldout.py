@@ -1,0 +1,69 @@
+"""The held-out pictures of one domain, with the masks, captions and noise that every model gets alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refine_control.data.batch import Batch
+from refine_control.data.controls import inpaint_control
+from refine_control.data.loader import Pictures, derive_seed, make_batch
+from refine_control.diffusion.model import Model
+from refine_control.diffusion.sample import paste, sample
+from refine_control.recipe import EvaluateConfig, MaskConfig, SampleConfig
+from refine_control.student.plan import probe
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One domain's test pictures. batch.image: (N, 3, H, W) in [-1, 1]; masks and noise seeds depend on the row alone."""
+
+    name: str
+    batch: Batch
+
+    @classmethod
+    def choose(
+        cls, name: str, pictures: Pictures, has_captions: bool, masks: MaskConfig, config: EvaluateConfig
+    ) -> HeldOut:
+        """`config.images` pictures, evenly spaced over the data set (all of them where there are fewer)."""
+        count = min(config.images, pictures.examples)
+        rows = np.linspace(0, pictures.examples - 1, count).round().astype(int).tolist()
+        examples = [pictures[row] for row in rows]
+        seed = derive_seed("held-out", config.seed)
+        return cls(name, make_batch(examples, masks.model_dump(), seed, [has_captions] * count, rows))
+
+    @property
+    def true(self) -> Tensor:
+        """(N, 3, H, W) in [0, 1]."""
+        return (self.batch.image + 1) / 2
+
+    def draw(self, model: Model, config: SampleConfig) -> Tensor:
+        """What the model makes of every masked picture, known pixels pasted back: (N, 3, H, W) in [0, 1]."""
+        b = self.batch
+        seeds = [derive_seed("noise", config.seed, row) for row in range(len(b))]
+        drawn = sample(model, inpaint_control(b.image, b.mask), b.captions, config, seeds)
+        return (paste(drawn, b.image, b.mask) + 1) / 2
+
+
+@torch.no_grad()
+def latency_ms(models: Mapping[str, Model], repeats: int = 30) -> dict[str, dict[str, float]]:
+    """Milliseconds of one forward of foundation + module on one picture: median and quartiles, models interleaved."""
+    inputs = {name: probe(model, model.device) for name, model in models.items()}
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + 3):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model.denoiser(*inputs[name])
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 3:  # the first turns warm up
+                taken[name].append((time.perf_counter() - began) * 1e3)
+    return {
+        name: dict(zip(("low", "median", "high"), np.percentile(ms, [25, 50, 75]).tolist(), strict=True))
+        for name, ms in taken.items()
+    }

@@ -1,0 +1,238 @@
+"""The whole recipe, made of small configs: one for each room. Data only: nothing here can name code to run.
+
+A recipe is a YAML file. `load` reads it, lays `--key value` overrides over it and validates it once; unknown keys are
+errors. The resolved recipe is saved with the run. This module imports no torch, so `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from refine_control.errors import RecipeError
+
+Fraction = Field(ge=0, le=1)
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Config):
+    """Where the pictures are and how they are brought to one size."""
+
+    labelled: str = "data/emoji"
+    unlabelled: str | None = None
+    labelled_limit: PositiveInt | None = None
+    resolution: PositiveInt = 32
+    fit: Literal["crop", "pad"] = "crop"
+    variants: PositiveInt = 2  # versions of each picture: as it is, mirrored, then slightly zoomed and shifted
+    cache_gb: PositiveFloat = 2.0  # decoded pictures and latents are kept in memory up to this size
+    skip_corrupt: bool = False
+
+
+class MaskConfig(Config):
+    """Relative frequency of each kind of mask (LaMa's strokes and boxes, METRICS: Masks)."""
+
+    thin: float = Field(1, ge=0)
+    medium: float = Field(1, ge=0)
+    thick: float = Field(1, ge=0)
+    box: float = Field(1, ge=0)
+
+
+class NoiseConfig(Config):
+    """The forward process. Names and values are those of diffusers' schedulers."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    num_train_timesteps: PositiveInt = 1000
+    rescale_betas_zero_snr: bool = True
+
+
+class AutoencoderPlan(Config):
+    latent_channels: PositiveInt = 8
+    block_out_channels: tuple[PositiveInt, ...] = (32, 64, 128)
+    layers_per_block: PositiveInt = 1
+    norm_num_groups: PositiveInt = 8
+
+
+class TextPlan(Config):
+    vocab_size: PositiveInt = 2000
+    max_length: PositiveInt = 16
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+
+
+class DenoiserPlan(Config):
+    """Shape of a foundation (UNet) and of the module (ControlNet) that mirrors its encoder."""
+
+    block_out_channels: tuple[PositiveInt, ...]
+    layers_per_block: PositiveInt = 1
+    attention: tuple[bool, ...]
+    heads: tuple[PositiveInt, ...]
+    mid_block: Literal["attention", "none"] = "attention"
+    norm_num_groups: PositiveInt = 16
+    conditioning_channels: tuple[PositiveInt, ...] = (16, 32, 64)
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> DenoiserPlan:
+        levels = len(self.block_out_channels)
+        if len(self.attention) != levels or len(self.heads) != levels:
+            raise ValueError(f"block_out_channels has {levels} levels; give attention and heads {levels} entries each")
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if width % self.norm_num_groups or width % heads:
+                raise ValueError(
+                    f"width {width} must be a multiple of norm_num_groups={self.norm_num_groups} and heads={heads}"
+                )
+        return self
+
+
+class LossWeights(Config):
+    """w of METHOD.md: L = w_task L_task + w_out L_out + w_feat L_feat."""
+
+    task: float = Field(1, ge=0)
+    output: float = Field(0, ge=0)
+    feature: float = Field(0, ge=0)
+
+
+class StageConfig(Config):
+    """One training stage. Every stage, the teacher's included, runs through the same loop."""
+
+    steps: int = Field(1000, ge=0)
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: int = Field(50, ge=0)
+    final_learning_rate: float = Field(0.0, ge=0, le=1)  # of learning_rate, at the end of the cosine
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    weights: LossWeights = LossWeights()
+    labelled_fraction: float = Field(1.0, ge=0, le=1)  # of the rows of a batch
+    task_on_unlabelled: bool = True  # the noise is known without any label
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    snr_gamma: PositiveFloat | None = None  # min-SNR weighting (2303.09556); with v it silences pure noise
+    feature_norm: Literal["channel", "l2", "none"] = "channel"
+
+
+class RunConfig(Config):
+    """How to run, never what to learn: changing these changes no result beyond float rounding."""
+
+    device: str = "auto"
+    num_threads: PositiveInt | None = None  # default: the cores we may use
+    mixed_precision: Literal["no", "bf16"] = "no"
+    checkpoint_every: PositiveInt = 200
+    log_every: PositiveInt = 20
+    grad_norm_every: PositiveInt = 200
+    preview_every: PositiveInt = 500
+
+
+class SampleConfig(Config):
+    num_inference_steps: PositiveInt = 10
+    guidance_scale: float = Field(2.0, ge=1)
+    seed: int = 0
+    batch_size: PositiveInt = 64
+
+
+class EvaluateConfig(Config):
+    split: str = "test"
+    images: PositiveInt = 192
+    seed: int = 1234  # of the masks
+
+
+class TeacherRecipe(Config):
+    """`refine-control train-teacher`: autoencoder, then foundation + module + text encoder."""
+
+    output_dir: str
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    masks: MaskConfig = MaskConfig()
+    noise: NoiseConfig = NoiseConfig()
+    autoencoder: AutoencoderPlan = AutoencoderPlan()
+    text: TextPlan = TextPlan()
+    denoiser: DenoiserPlan
+    autoencoder_stage: StageConfig
+    denoiser_stage: StageConfig
+    init_from: str | None = None  # go on from the weights of a saved model, with a fresh optimiser
+    sample: SampleConfig = SampleConfig()
+    run: RunConfig = RunConfig()
+
+
+class DistilRecipe(Config):
+    """`refine-control distill`: the student's plan, stage 1 (labelled) and stage 2 (plain images mixed in)."""
+
+    output_dir: str
+    teacher: str = "zoo:emoji-teacher"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    masks: MaskConfig = MaskConfig()
+    student: DenoiserPlan
+    init: Literal["teacher", "random"] = "teacher"
+    alignment: Literal["auto"] | dict[str, str] = "auto"
+    stage1: StageConfig
+    stage2: StageConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig = RunConfig()
+
+
+R = TypeVar("R", bound=Config)
+
+
+def load(kind: type[R], path: str | Path, overrides: dict[str, str] | None = None) -> R:
+    """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind; names the key and the value.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at '{path}'; the shipped ones are in recipes/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
+    for key, text in (overrides or {}).items():
+        _override(tree, key, yaml.safe_load(text))
+    return validate(kind, tree, str(path))
+
+
+def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
+    """A config from plain data; every mistake becomes one line that names its key."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, first['loc']))}"
+        else:
+            reason = f"'{key}' = {first['input']!r}: {first['msg']}"
+        raise RecipeError(f"recipe '{origin}': {reason}") from None
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--{dotted}: '{name}' is a value, not a section")
+    tree[leaf] = value
+
+
+def _fields_beside(kind: type[Config], loc: tuple[int | str, ...]) -> list[str]:
+    for name in loc[:-1]:
+        annotation = kind.model_fields[str(name)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Config)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)

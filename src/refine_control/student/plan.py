@@ -1,0 +1,62 @@
+"""What a student will cost, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from refine_control.diffusion.model import Denoiser, Model, build_denoiser
+from refine_control.recipe import DenoiserPlan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: numbers in foundation and module. macs: multiply-adds of one forward of both, one picture."""
+
+    foundation_parameters: int
+    module_parameters: int
+    macs: int
+
+    @property
+    def parameters(self) -> int:
+        return self.foundation_parameters + self.module_parameters
+
+
+def build_student(plan: DenoiserPlan, teacher: Model) -> Denoiser:
+    """A fresh student that speaks the teacher's latents, text embeddings and resolution."""
+    foundation = teacher.denoiser.foundation.config
+    return build_denoiser(plan, foundation.in_channels, foundation.cross_attention_dim, foundation.sample_size)
+
+
+def cost(denoiser: Denoiser, teacher: Model) -> Cost:
+    """Counts on the meta device: nothing is computed, so the largest model takes a second."""
+    twin = _on_meta(denoiser)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(*probe(teacher, "meta"))
+
+    def count(network: torch.nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters())
+
+    return Cost(count(twin.foundation), count(twin.module), counter.get_total_flops() // 2)
+
+
+def probe(model: Model, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One input of a denoiser at the model's own resolution: x_t, t, text, control."""
+    foundation = model.denoiser.foundation.config
+    side = foundation.sample_size
+    return (
+        torch.zeros(1, foundation.in_channels, side, side, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+        torch.zeros(1, model.tokenizer.model_max_length, foundation.cross_attention_dim, device=device),
+        torch.zeros(1, 3, model.resolution, model.resolution, device=device),
+    )
+
+
+def _on_meta(denoiser: Denoiser) -> Denoiser:
+    with torch.device("meta"):
+        foundation = type(denoiser.foundation).from_config(denoiser.foundation.config)
+        module = type(denoiser.module).from_config(denoiser.module.config)
+        return Denoiser(foundation, module).eval()
