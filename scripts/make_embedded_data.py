@@ -25,13 +25,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from data_card import write_card, write_licences
 from PIL import Image
 
+from data_card import write_card, write_licences
 from refine_control.data.example import Example
 from refine_control.data.images import fit_square, read_image
 from refine_control.data.shards import write_shards
-from refine_control.errors import DataError
 from refine_control.errors import DataError
 
 FLUENT = "lobehub-fluent-emoji-3d-1.1.0/package/assets"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from refine_control import __version__
 from refine_control.errors import UserError
@@ -15,6 +18,8 @@ OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what we were given, 130 stopped by Ctrl-C; run again to go on."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
@@ -24,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         print(f"refine-control: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder we may not write to
+        print(f"refine-control: {error.strerror or error}: {error.filename or 'disk'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nrefine-control: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -39,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run, help: str, examples: str, takes_overrides: bool = False):  # noqa: ANN001, ANN202, A002
+    def add(name: str, run, help: str, examples: str, takes_overrides: bool = False):
         command = commands.add_parser(
             name,
             help=help,
@@ -50,14 +58,97 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, takes_overrides=takes_overrides)
         return command
 
-    teacher = add(
+    command = add(
+        "demo",
+        _compare,
+        "Distil the embedded teacher, train scratch beside it, write a report.",
+        "  refine-control demo\n  refine-control demo --output_dir /tmp/demo",
+        takes_overrides=True,
+    )
+    command.set_defaults(recipe=Path("recipes/demo.yaml"), rows="scratch,refine-control", seeds="0")
+
+    command = add(
+        "compare",
+        _compare,
+        "Train and score rows of a recipe over several seeds; resumes.",
+        "  refine-control compare recipes/demo.yaml --rows scratch,teacher-weights,refine-control --seeds 0,1,2",
+        takes_overrides=True,
+    )
+    command.add_argument("recipe", type=Path)
+    command.add_argument("--rows", default="scratch,teacher-weights,stage1-continued,refine-control")
+    command.add_argument("--seeds", default="0,1,2")
+
+    command = add(
         "train-teacher",
         _train_teacher,
-        "Train a teacher: autoencoder, text encoder, foundation and control module.",
+        "Train a teacher: autoencoder, text encoder, foundation, module.",
         "  refine-control train-teacher recipes/emoji-teacher.yaml",
         takes_overrides=True,
     )
-    teacher.add_argument("recipe", type=Path)
+    command.add_argument("recipe", type=Path)
+
+    command = add(
+        "distill",
+        _distill,
+        "Distil a student by a recipe: stage 1, then stage 2; resumes.",
+        "  refine-control distill recipes/demo.yaml --data.labelled my/captioned --data.unlabelled my/plain",
+        takes_overrides=True,
+    )
+    command.add_argument("recipe", type=Path)
+
+    command = add(
+        "evaluate",
+        _evaluate,
+        "Score saved models on held-out pictures, with classical inpainting beside them.",
+        "  refine-control evaluate zoo:emoji-teacher zoo:emoji-student --baselines --output_dir runs/evaluate",
+        takes_overrides=True,
+    )
+    command.add_argument("models", nargs="+", metavar="MODEL", help="a saved pipeline's folder, or zoo:NAME")
+    command.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="names data, masks and sampler")
+    command.add_argument("--baselines", action="store_true", help="mean colour, Telea, Navier-Stokes, biharmonic too")
+
+    command = add(
+        "generate",
+        _generate,
+        "Fill the white part of a mask in one picture.",
+        "  refine-control generate --model zoo:emoji-student --image face.png --mask hole.png --prompt 'cat face, flat' "
+        "--out filled.png",
+    )
+    command.add_argument("--model", default="zoo:emoji-student")
+    command.add_argument("--image", type=Path, required=True)
+    command.add_argument("--mask", type=Path, required=True, help="white where to fill, of the picture's size")
+    command.add_argument("--prompt", default="")
+    command.add_argument("--out", type=Path, default=Path("filled.png"))
+    command.add_argument("--num_inference_steps", default="10")
+    command.add_argument("--guidance_scale", default="2.0")
+    command.add_argument("--seed", default="0")
+    command.add_argument("--device", default="auto")
+
+    command = add(
+        "data",
+        _data,
+        "Check a folder of pictures or shards, or prepare one as shards.",
+        "  refine-control data check my/pictures\n"
+        "  refine-control data prepare my/pictures --out my/shards --resolution 64",
+    )
+    command.add_argument("action", choices=["check", "prepare"])
+    command.add_argument("folder", type=Path)
+    command.add_argument("--split", default="train")
+    command.add_argument("--out", type=Path, help="prepare: where the shards go")
+    command.add_argument("--resolution", type=int, default=64, help="prepare: pixels a side")
+    command.add_argument("--fit", choices=["crop", "pad"], default="crop", help="prepare: how a picture becomes square")
+
+    command = add(
+        "student",
+        _student,
+        "Say what a recipe's student will cost, before any training.",
+        "  refine-control student plan recipes/demo.yaml --student.block_out_channels '[32, 64, 64]'",
+        takes_overrides=True,
+    )
+    command.add_argument("action", choices=["plan"])
+    command.add_argument("recipe", type=Path)
+
+    add("env", _env, "Print versions and what this machine offers.", "  refine-control env")
     return parser
 
 
@@ -77,6 +168,89 @@ def _train_teacher(args: argparse.Namespace) -> None:
 
     folder = train_teacher(recipe.load(recipe.TeacherRecipe, args.recipe, args.overrides))
     print(f"the teacher is in {folder}")
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.distill.distil import distil
+
+    folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
+    print(f"the student is in {folder}; StableDiffusionControlNetPipeline.from_pretrained loads it")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.evaluate.compare import compare
+
+    loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
+    report = compare(loaded, args.rows.split(","), [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")])
+    print((report.parent / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {report}\nscores: {report.parent / 'scores.json'}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.evaluate.compare import evaluate
+
+    args.overrides.setdefault("output_dir", "runs/evaluate")
+    path = evaluate(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides), args.models, args.baselines)
+    print((path.parent / "table.md").read_text(encoding="utf-8"))
+    print(f"scores: {path}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.diffusion.generate import generate
+    from refine_control.distill.loop import pick_device
+
+    flags = {name: yaml.safe_load(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    config = recipe.validate(recipe.SampleConfig, flags, "command line")
+    generate(args.model, args.image, args.mask, args.prompt, args.out, config, str(pick_device(args.device)))
+    print(f"wrote {args.out}")
+
+
+def _data(args: argparse.Namespace) -> None:
+    from refine_control.data.prepare import prepare
+    from refine_control.data.source import check, open_dataset
+
+    if args.action == "prepare":
+        if args.out is None:
+            raise UserError("data prepare needs --out FOLDER for the shards")
+        for path in prepare(args.folder, args.out, args.split, args.resolution, args.fit):
+            print(path)
+        return
+    dataset = open_dataset(args.folder, args.split)
+    faults = check(dataset)
+    for _, reason in faults:
+        print(reason)
+    captions = sum(dataset.text(i) is not None for i in range(len(dataset)))
+    print(f"{len(dataset)} pictures, {captions} with captions, {len(faults)} cannot be used")
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(dataset)} pictures cannot be used; replace them or set data.skip_corrupt"
+        )
+
+
+def _student(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.diffusion.model import load
+    from refine_control.student.plan import plan_table
+
+    loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
+    print(plan_table(loaded.student, load(loaded.teacher)))
+
+
+def _env(args: argparse.Namespace) -> None:
+    from refine_control.evaluate.compare import machine
+
+    for key, value in machine().items():
+        print(f"{key:16} {value}")
+
+
+def _whole_number(text: str, flag: str) -> int:
+    if not text.strip().isdigit():
+        raise UserError(f"{flag}: '{text}' is no whole number; give e.g. 0,1,2")
+    return int(text)
 
 
 if __name__ == "__main__":

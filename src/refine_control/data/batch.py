@@ -30,9 +30,7 @@ class Batch:
         return len(self.image)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(
-            self, image=self.image.to(device), mask=self.mask.to(device), labelled=self.labelled.to(device)
-        )
+        return replace(self, image=self.image.to(device), mask=self.mask.to(device), labelled=self.labelled.to(device))
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator: the same draws on every device and after every resume."""

@@ -105,7 +105,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         reason = getattr(error, "msg", None) or type(error).__name__
         raise DataError(f"{where}: not JSON ({reason}); write one JSON object a line") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a {type(record).__name__} where an object is needed; write {{\"file_name\": ...}}")
+        raise DataError(f'{where}: a {type(record).__name__} where an object is needed; write {{"file_name": ...}}')
     return record
 
 

@@ -110,7 +110,10 @@ class Loader:
         self.labelled_rows = round(batch_size * labelled_fraction)
 
     def __call__(self, step: int) -> Batch:
-        counts = ((self.labelled, self.labelled_rows, True), (self.unlabelled, self.batch_size - self.labelled_rows, False))
+        counts = (
+            (self.labelled, self.labelled_rows, True),
+            (self.unlabelled, self.batch_size - self.labelled_rows, False),
+        )
         numbers, examples, labelled = [], [], []
         for pictures, rows, has_label in counts:
             if pictures is None or rows == 0:

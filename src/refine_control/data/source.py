@@ -12,9 +12,7 @@ from refine_control.errors import DataError
 SPLITS = ("train", "val", "validation", "test")
 
 
-def open_dataset(
-    path: str | Path, split: str = "train", max_pixels: int = MAX_PIXELS
-) -> FolderDataset | ShardDataset:
+def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_PIXELS) -> FolderDataset | ShardDataset:
     """Open `path/SPLIT-*.tar` as shards, else `path/SPLIT` or, where nothing is split, `path` as a folder of images.
 
     A folder without splits gives all its images for every split: keep what you test on elsewhere.

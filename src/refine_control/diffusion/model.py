@@ -6,6 +6,7 @@ more `Denoiser` here; see docs/architecture.md.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from refine_control.errors import ModelError
 from refine_control.recipe import AutoencoderPlan, DenoiserPlan, TextPlan
+
+disable_progress_bar()  # one bar for each file of a model says nothing
 
 ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -127,12 +131,10 @@ class Model:
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes a folder that stock StableDiffusionControlNetPipeline.from_pretrained loads (safetensors)."""
-        pipeline = self.pipeline()
-        state = {name: p.dtype for name, p in pipeline.components.items() if isinstance(p, nn.Module)}
-        pipeline.to(dtype=dtype)
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        for name, before in state.items():
-            getattr(pipeline, name).to(before)
+        whole = self if dtype == torch.float32 else copy.deepcopy(self)
+        for network in (whole.denoiser, whole.vae, whole.text_encoder):
+            network.to(dtype)
+        whole.pipeline().save_pretrained(folder, safe_serialization=True)
 
     def pipeline(self) -> Any:
         """The stock pipeline over these very networks (shared, not copied)."""

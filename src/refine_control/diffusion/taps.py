@@ -43,7 +43,7 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def _keeper(self, point: str):  # noqa: ANN202
+    def _keeper(self, point: str):
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             self.features[point] = output[0] if isinstance(output, tuple) else output
 

@@ -46,9 +46,7 @@ def latest(folder: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def restore(
-    path: Path, trainable: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer
-) -> int:
+def restore(path: Path, trainable: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Loads everything that `save` wrote into the given objects and returns the number of steps done."""
     trainable.load_state_dict(load_file(path / "trainable.safetensors"))
     kept = load_file(path / "ema.safetensors")

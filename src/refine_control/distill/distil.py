@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from refine_control.data.loader import Loader, Pictures, derive_seed
+from refine_control.data.loader import Loader, derive_seed
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser, Model, load
 from refine_control.diffusion.taps import feature_shapes
@@ -19,78 +19,72 @@ from refine_control.distill.preview import Preview
 from refine_control.distill.stages import distillation_losses
 from refine_control.distill.teacher import open_pictures
 from refine_control.errors import ModelError
-from refine_control.recipe import DistilRecipe, StageConfig, save
+from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, save
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
 
-class Distillation:
-    """One recipe's teacher, data and caches, shared by every student that is trained on them."""
+class Distiller:
+    """A teacher, its data and what was computed of them, shared by every student that is trained on them."""
 
-    def __init__(self, recipe: DistilRecipe) -> None:
-        set_threads(recipe.run)
-        self.recipe = recipe
-        self.teacher = load(recipe.teacher, pick_device(recipe.run.device)).freeze()
-        if recipe.data.resolution != self.teacher.resolution:
+    def __init__(self, teacher: str, data: DataConfig, run: RunConfig) -> None:
+        set_threads(run)
+        self.data = data
+        self.teacher = load(teacher, pick_device(run.device)).freeze()
+        if data.resolution != self.teacher.resolution:
             raise ModelError(
-                f"data.resolution is {recipe.data.resolution} but teacher '{recipe.teacher}' works at "
+                f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
                 f"{self.teacher.resolution}; set data.resolution {self.teacher.resolution}"
             )
-        self.labelled, self.unlabelled = open_pictures(recipe.data)
-        self.encoder = Encoder(self.teacher, recipe.data.cache_gb)
+        self.labelled, self.unlabelled = open_pictures(data)
+        self.validation = open_pictures(data, "val", variants=1)
+        self.encoder = Encoder(self.teacher, data.cache_gb)
 
-    def run(self, folder: Path) -> Path:
+    def run(self, recipe: DistilRecipe, folder: Path) -> Path:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
         folder.mkdir(parents=True, exist_ok=True)
-        save(self.recipe, folder / "recipe.yaml")
-        student, bridges = self.fresh_student()
-        for number, (name, stage) in enumerate({"stage1": self.recipe.stage1, "stage2": self.recipe.stage2}.items()):
+        save(recipe, folder / "recipe.yaml")
+        student, bridges = self.fresh_student(recipe)
+        for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
-                self._train(folder / name, student, bridges, stage, derive_seed(self.recipe.seed, number))
-        model = self.as_model(student)
-        _save_whole(model, folder / "student")
+                self._train(folder / name, student, bridges, stage, recipe)
+        _save_whole(replace(self.teacher, denoiser=student), folder / "student")
         return folder / "student"
 
-    def fresh_student(self) -> tuple[Denoiser, Bridges]:
+    def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight."""
-        torch.manual_seed(self.recipe.seed)
-        student = build_student(self.recipe.student, self.teacher)
-        if self.recipe.init == "teacher":
+        torch.manual_seed(recipe.seed)
+        student = build_student(recipe.student, self.teacher)
+        if recipe.init == "teacher":
             transplant(student, self.teacher.denoiser)
         student.to(self.teacher.device)
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
-        mapping = automatic_map(ours, theirs) if self.recipe.alignment == "auto" else self.recipe.alignment
+        mapping = automatic_map(ours, theirs) if recipe.alignment == "auto" else recipe.alignment
         return student, Bridges(mapping, ours, theirs).to(self.teacher.device)
 
-    def as_model(self, student: Denoiser) -> Model:
-        """The student with the teacher's autoencoder and text encoder."""
-        return replace(self.teacher, denoiser=student)
-
-    def _train(self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, seed: int) -> None:
+    def _train(
+        self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, recipe: DistilRecipe
+    ) -> None:
         trainable = nn.ModuleDict({"student": student})
         if stage.weights.feature:
             trainable["bridges"] = bridges
+        seed = derive_seed(recipe.seed, folder.name)
         train(
             folder,
             distillation_losses(student, self.teacher, bridges, self.encoder, stage),
             stage.weights.model_dump(),
-            Loader(
-                self.labelled, self.unlabelled, self.recipe.masks, stage.batch_size, stage.labelled_fraction, seed
-            ),
+            Loader(self.labelled, self.unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, seed),
             trainable,
             stage,
-            self.recipe.run,
-            Preview(self.as_model(student), self._validation(), self.recipe.masks, self.recipe.sample),
+            recipe.run,
+            Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
         )
-
-    def _validation(self) -> tuple[Pictures, Pictures | None]:
-        return open_pictures(self.recipe.data, "val", variants=1)
 
 
 def distil(recipe: DistilRecipe) -> Path:
     """`refine-control distill`."""
-    return Distillation(recipe).run(Path(recipe.output_dir))
+    return Distiller(recipe.teacher, recipe.data, recipe.run).run(recipe, Path(recipe.output_dir))
 
 
 def _save_whole(model: Model, folder: Path) -> None:

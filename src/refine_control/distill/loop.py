@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -41,16 +42,20 @@ def train(
         UserError: a loss is not finite; the step and its pictures are named, the last checkpoint is untouched.
     """
     parameters = [p for p in trainable.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99)
+    )
     ema = EMAModel(parameters, decay=stage.ema_decay)
     newest = checkpoint.latest(folder / "checkpoints")
     start = checkpoint.restore(newest, trainable, ema.shadow_params, optimizer) if newest else 0
     ema.optimization_step = start
     device = parameters[0].device
-    log = _open_log(folder / "losses.jsonl", start)
+    log, seconds_before = _open_log(folder / "losses.jsonl", start)
     trainable.train()
-    bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=folder.name, unit="step", mininterval=1)
-    began = time.monotonic()
+    bar = tqdm(
+        range(start, stage.steps), initial=start, total=stage.steps, desc=folder.name, unit="step", mininterval=1
+    )
+    began = time.monotonic() - seconds_before
     for step in bar:
         batch = batches(step).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.mixed_precision == "bf16"):
@@ -125,9 +130,10 @@ def _gradient_norms(terms: Losses, parameters: list[nn.Parameter]) -> dict[str, 
     return norms
 
 
-def _open_log(path: Path, start: int):  # noqa: ANN202
-    """Keeps only the lines of steps that the checkpoint knows of."""
+def _open_log(path: Path, start: int) -> tuple[TextIO, float]:
+    """Keeps only the lines of steps that the checkpoint knows of. Returns the open log and the seconds spent so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= start]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8"), json.loads(kept[-1])["seconds"] if kept else 0.0

@@ -41,7 +41,9 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     return folder / "model"
 
 
-def open_pictures(data: DataConfig, split: str = "train", variants: int | None = None) -> tuple[Pictures, Pictures | None]:
+def open_pictures(
+    data: DataConfig, split: str = "train", variants: int | None = None
+) -> tuple[Pictures, Pictures | None]:
     """The labelled and the plain data set of a recipe, at its resolution."""
     variants = variants or data.variants
     labelled = Pictures(open_dataset(data.labelled, split), data, variants, data.labelled_limit)
@@ -57,7 +59,10 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures) -> Model:
     text_encoder, tokenizer = build_text(recipe.text, captions)
     downscale = 2 ** (len(recipe.autoencoder.block_out_channels) - 1)
     denoiser = build_denoiser(
-        recipe.denoiser, recipe.autoencoder.latent_channels, recipe.text.hidden_size, recipe.data.resolution // downscale
+        recipe.denoiser,
+        recipe.autoencoder.latent_channels,
+        recipe.text.hidden_size,
+        recipe.data.resolution // downscale,
     )
     return Model(denoiser, vae, text_encoder, tokenizer, scheduler_config(recipe.noise))
 
@@ -87,7 +92,9 @@ def _train_autoencoder(
         preview,
     )
     with torch.no_grad():  # Rombach et al. 2022, section G: latents of unit variance
-        modes = model.vae.encode(torch.cat([loader(step).image for step in range(8)]).to(model.device)).latent_dist.mode()
+        modes = model.vae.encode(
+            torch.cat([loader(step).image for step in range(8)]).to(model.device)
+        ).latent_dist.mode()
     model.vae.register_to_config(scaling_factor=float(1 / modes.std()))
 
 

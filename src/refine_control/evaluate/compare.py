@@ -1,112 +1,199 @@
-"""Rows that differ in one thing, trained and scored alike: the method, its controls, and the teacher above them."""
+"""The main job from end to end: distil, train the controls beside it, score all of them, write tables and a page.
+
+`refine-control demo` is `compare` with one seed and the scratch row.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import platform
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refine_control.diffusion.model import Model, load
-from refine_control.distill.distil import Distillation
-from refine_control.distill.teacher import open_pictures
-from refine_control.errors import RecipeError
-from refine_control.evaluate.features import efficientnet_lite0
-from refine_control.evaluate.heldout import HeldOut
-from refine_control.evaluate.score import Reference
-from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, LossWeights, MaskConfig, SampleConfig
-from refine_control.student.plan import cost
+from refine_control import __version__
+from refine_control.diffusion.model import load
+from refine_control.distill.distil import Distiller
+from refine_control.evaluate import baselines
+from refine_control.evaluate.captions import caption_losses
+from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.heldout import latency_ms
+from refine_control.evaluate.report import ReportData, Row, write_report, write_table
+from refine_control.evaluate.rows import train_row
+from refine_control.recipe import DistilRecipe
 
-TASK_ONLY = LossWeights(task=1)
-
-
-def _task_only(recipe: DistilRecipe, init: str) -> DistilRecipe:
-    stages = {name: getattr(recipe, name).model_copy(update={"weights": TASK_ONLY}) for name in ("stage1", "stage2")}
-    return recipe.model_copy(update={**stages, "init": init})
-
-
-def _stage1_continued(recipe: DistilRecipe) -> DistilRecipe:
-    """Stage 2's steps, batch size and learning rate, spent on what stage 1 does: its data and its weights."""
-    keep = {"labelled_fraction", "weights", "task_on_unlabelled", "caption_dropout", "feature_norm", "snr_gamma"}
-    stage2 = recipe.stage2.model_copy(update={name: getattr(recipe.stage1, name) for name in keep})
-    return recipe.model_copy(update={"stage2": stage2})
-
-
-ROWS: dict[str, Callable[[DistilRecipe], DistilRecipe]] = {
-    "scratch": lambda recipe: _task_only(recipe, "random"),
-    "teacher-weights": lambda recipe: _task_only(recipe, "teacher"),
-    "stage1-continued": _stage1_continued,
-    "refine-control": lambda recipe: recipe,
+LABELS = {
+    "teacher": "Teacher",
+    "scratch": "From scratch, task loss only",
+    "teacher-weights": "Teacher's weights, task loss only",
+    "stage1-continued": "Stage 1, then stage 1 continued",
+    "refine-control": "Refine-Control, stages 1 and 2",
 }
+BASELINES = ("mean_fill", "telea", "navier_stokes", "biharmonic")
+DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
 
 
-@dataclass
-class Domain:
-    """One held-out set and the features of its true pictures."""
+def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> Path:
+    """Trains and scores every row with every seed, resuming what is there. Returns the report's path.
 
-    heldout: HeldOut
-    reference: Reference
-
-    def score(self, model: Model, config: SampleConfig) -> tuple[dict[str, Any], Tensor]:
-        drawn = self.heldout.draw(model, config)
-        return self.reference.score(drawn), drawn
-
-
-def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) -> dict[str, Domain]:
-    """The held-out sets of a recipe: 'labelled', and 'unlabelled' where there is one."""
-    extractor = efficientnet_lite0()
-    domains = {}
-    for name, pictures in zip(("labelled", "unlabelled"), open_pictures(data, config.split, variants=1), strict=True):
-        if pictures is not None:
-            heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
-            domains[name] = Domain(heldout, Reference(heldout.true, heldout.batch.mask, extractor))
-    return domains
-
-
-def train_row(recipe: DistilRecipe, row: str, seed: int, folder: Path) -> Path:
-    """Trains one row with one seed, or takes it as it is when it is complete. Returns the saved student."""
-    if row not in ROWS:
-        raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
-    varied = ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)})
-    wanted = varied.model_dump(mode="json")
-    done = folder / "done.json"
-    if done.is_file():
-        if json.loads(done.read_text(encoding="utf-8"))["recipe"] == wanted:
-            return folder / "student"
-        raise RecipeError(f"'{folder}' holds a run of another recipe; remove it or choose another output_dir")
-    began = time.monotonic()
-    student = Distillation(varied).run(folder)
-    done.write_text(json.dumps({"recipe": wanted, "wall_seconds": time.monotonic() - began}), encoding="utf-8")
-    return student
+    Writes, in recipe.output_dir: ROW/seed-N/ (student, losses, previews, evaluation.json), scores.json (mean over seeds;
+    with several seeds the spread too), table.csv, table.md and report.html.
+    """
+    out = Path(recipe.output_dir)
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    folders = {(row, seed): out / row / f"seed-{seed}" for seed in seeds for row in rows}
+    for (row, seed), folder in folders.items():
+        train_row(distiller, recipe, row, seed, folder)
+    domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
+    results = {("teacher", 0): evaluate_model(recipe.teacher, domains, recipe.sample, out / "teacher")}
+    for key, folder in folders.items():
+        results[key] = evaluate_model(str(folder / "student"), domains, recipe.sample, folder)
+    models = {"teacher": load(recipe.teacher)} | {
+        row: load(str(out / row / f"seed-{seeds[0]}/student")) for row in rows
+    }
+    latency = latency_ms(models)
+    scores = {name: _summary(name, results, latency[name]) for name in ("teacher", *rows)}
+    first = results["teacher", 0]["domains"]["labelled"]
+    table = {name: _flat(summary) for name, summary in scores.items()}
+    table["extractor"] = first["provenance"]
+    table["other_domain"] = {name: summary["domains"].get("unlabelled") for name, summary in scores.items()}
+    table["spread"] = {name: summary["spread"] for name, summary in scores.items()}
+    table["seeds"] = list(seeds)
+    table["machine"] = machine()
+    table["recipe"] = recipe.model_dump(mode="json")
+    _write_json(out / "scores.json", table)
+    teacher = scores["teacher"]
+    report_rows = [_row("teacher", teacher["domains"], teacher, None, None, drawn(out / "teacher"))]
+    report_rows += [_trained_row(name, scores[name], recipe, out, seeds[0]) for name in rows]
+    write_table(report_rows, out / "table.csv", out / "table.md")
+    write_report(_report(report_rows, domains, recipe, out, seeds, first), out / "report.html")
+    return out / "report.html"
 
 
-def evaluate_folder(
-    name: str, domains: dict[str, Domain], config: SampleConfig, folder: Path, device: str | torch.device = "cpu"
-) -> dict[str, Any]:
-    """Scores a saved model on every domain, once: the result is kept in `folder` beside its pictures."""
-    kept = folder / "evaluation.json"
-    settings = {"model": name, "sample": config.model_dump(), "images": {d: len(v.heldout.batch) for d, v in domains.items()}}
-    if kept.is_file():
-        result = json.loads(kept.read_text(encoding="utf-8"))
-        if result["settings"] == settings:
-            return result
-    model = load(name, device).freeze()
-    result = {"settings": settings, "domains": {}, "cost": _cost(model)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for domain_name, domain in domains.items():
-        began = time.monotonic()
-        scores, drawn = domain.score(model, config)
-        result["domains"][domain_name] = scores | {"seconds": time.monotonic() - began}
-        torch.save((drawn * 255).round().byte(), folder / f"drawn-{domain_name}.pt")
-    kept.write_text(json.dumps(result), encoding="utf-8")
-    return result
+def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) -> Path:
+    """Scores saved models, and classical inpainting where asked, on a recipe's held-out pictures.
+
+    Writes scores.json, table.csv and table.md in recipe.output_dir and returns the path of scores.json. The models'
+    task losses under the right, the empty and a stranger's caption stand in it too.
+    """
+    out = Path(recipe.output_dir)
+    domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
+    table: dict[str, Any] = {}
+    rows = []
+    for name in models:
+        folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
+        result = evaluate_model(name, domains, recipe.sample, folder)
+        model = load(name).freeze()
+        summary = _summary(name, {(name, 0): result}, latency_ms({name: model})[name])
+        table[name] = summary | {"caption_losses": caption_losses(model, domains["labelled"].heldout)}
+        rows.append(_row(name, summary["domains"], summary, None, None, drawn(folder)))
+    for name in BASELINES if with_baselines else ():
+        filled = {key: getattr(baselines, name)(d.heldout.true, d.heldout.batch.mask) for key, d in domains.items()}
+        scores = {key: d.reference.score(filled[key])["metrics"] for key, d in domains.items()}
+        table[name] = {"domains": scores}
+        rows.append(_row(name, scores, {}, None, None, filled))
+    table["provenance"] = domains["labelled"].reference.provenance()
+    table["machine"] = machine()
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(rows, out / "table.csv", out / "table.md")
+    _write_json(out / "scores.json", table)
+    return out / "scores.json"
 
 
-def _cost(model: Model) -> dict[str, int]:
-    counted = cost(model.denoiser, model)
-    return {"params": counted.parameters, "macs": counted.macs}
+def _summary(name: str, results: dict[tuple[str, int], dict[str, Any]], latency: dict[str, float]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of one row, by domain, metric and region."""
+    runs = [result for (row, _), result in results.items() if row == name]
+    domains: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
+    for domain, scored in runs[0]["domains"].items():
+        domains[domain], spread[domain] = {}, {}
+        for metric in scored["metrics"]:
+            values = {r: [run["domains"][domain]["metrics"][metric][r] for run in runs] for r in ("whole", "hole")}
+            domains[domain][metric] = {region: statistics.mean(v) for region, v in values.items()}
+            spread[domain][metric] = {r: statistics.stdev(v) if len(v) > 1 else None for r, v in values.items()}
+    return {"domains": domains, "spread": spread, "latency_ms": latency["median"], **runs[0]["cost"]}
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, Any]:
+    return {**summary["domains"]["labelled"], **{key: summary[key] for key in ("params", "macs", "latency_ms")}}
+
+
+def _trained_row(name: str, summary: dict[str, Any], recipe: DistilRecipe, out: Path, seed: int) -> Row:
+    folder = out / name / f"seed-{seed}"
+    wall = json.loads((folder / "done.json").read_text(encoding="utf-8"))["wall_seconds"]
+    return _row(name, summary["domains"], summary, wall, recipe.stage1.steps + recipe.stage2.steps, drawn(folder))
+
+
+def _row(
+    name: str,
+    scores: dict[str, Any],
+    cost: dict[str, Any],
+    wall_seconds: float | None,
+    steps: int | None,
+    pictures: dict[str, Tensor],
+) -> Row:
+    figures = {key: cost.get(key) for key in ("params", "macs", "latency_ms")}
+    label = LABELS.get(name, name)
+    return Row(name=name, label=label, scores=scores, **figures, wall_seconds=wall_seconds, steps=steps, drawn=pictures)
+
+
+def _report(
+    rows: list[Row],
+    domains: dict[str, Domain],
+    recipe: DistilRecipe,
+    out: Path,
+    seeds: Sequence[int],
+    first: dict[str, Any],
+) -> ReportData:
+    stages = [name for name in ("stage1", "stage2") if getattr(recipe, name).steps]
+    return ReportData(
+        title="Refine-Control: from a teacher to a student",
+        lead=(
+            f"A teacher of {rows[0].params or 0:,} parameters was distilled into a student of {rows[1].params or 0:,}. "
+            "Every student saw the same pictures, masks and noise for the same number of steps, and is drawn with the "
+            f"same sampler from the same noise. Scores are means over {len(seeds)} training seed(s) on held-out pictures."
+        ),
+        rows=rows,
+        truth={name: domain.heldout.true for name, domain in domains.items()},
+        mask={name: domain.heldout.batch.mask for name, domain in domains.items()},
+        captions={name: domain.heldout.batch.captions for name, domain in domains.items()},
+        curves={r.name: [out / r.name / f"seed-{seeds[0]}" / s / "losses.jsonl" for s in stages] for r in rows[1:]},
+        provenance={**first["provenance"], **first["rules"]},
+        settings={
+            "teacher": recipe.teacher,
+            "seeds": list(seeds),
+            "stage 1": recipe.stage1.model_dump_json(),
+            "stage 2": recipe.stage2.model_dump_json(),
+            "student": recipe.student.model_dump_json(),
+            "sampler": recipe.sample.model_dump_json(),
+            "machine": json.dumps(machine()),
+        },
+        domain_labels=DOMAIN_LABELS,
+        notes=[
+            "The pictures and curves are those of the first seed.",
+            "Known pixels are pasted back into every result, so 'whole' scores differ by what stands in the hole.",
+        ],
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "refine_control": __version__,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.replace(path)

@@ -16,8 +16,16 @@ from torchmetrics.image.kid import poly_mmd
 from torchmetrics.utilities.data import dim_zero_cat
 
 __all__ = [
-    "CMMD", "MIN_SIDE", "PSNR_CEILING", "check_images", "check_mask", "frechet", "kernel_distance", "lpips_distance",
-    "psnr", "ssim",
+    "CMMD",
+    "MIN_SIDE",
+    "PSNR_CEILING",
+    "check_images",
+    "check_mask",
+    "frechet",
+    "kernel_distance",
+    "lpips_distance",
+    "psnr",
+    "ssim",
 ]
 
 MIN_SIDE = 8  # pixels; SSIM's 11-pixel window needs 6

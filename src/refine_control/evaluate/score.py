@@ -111,14 +111,18 @@ class Reference:
             "by_ratio": self._by_ratio(paired),
             "per_image": {name: {region: x.tolist() for region, x in pair.items()} for name, pair in paired.items()},
             "rules": dict(RULES),
-            "provenance": {
-                "extractor": self.extractor.name,
-                "sha256": self.extractor.sha256,
-                "resize": self.extractor.resize,
-                "n": len(pred),
-                "batch_size": self.batch_size,
-                "image_size": list(pred.shape[2:]),
-            },
+            "provenance": self.provenance(),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """What made the scores: without it a FID is no number."""
+        return {
+            "extractor": self.extractor.name,
+            "sha256": self.extractor.sha256,
+            "resize": self.extractor.resize,
+            "n": len(self.true),
+            "batch_size": self.batch_size,
+            "image_size": list(self.true.shape[2:]),
         }
 
     def _paired(self, pred: Tensor, index: int, rows: slice, maps: list[Tensor]) -> dict[str, Pair]:
@@ -147,9 +151,7 @@ class Reference:
                 region: frechet(self._pooled[region], vectors).item() for region, vectors in pooled.items()
             }
         if "cmmd" in names:
-            scores[names["cmmd"]] = {
-                region: _cmmd(self._pooled[region], vectors) for region, vectors in pooled.items()
-            }
+            scores[names["cmmd"]] = {region: _cmmd(self._pooled[region], vectors) for region, vectors in pooled.items()}
         return scores
 
     def _by_ratio(self, paired: dict[str, Pair]) -> dict[str, dict[str, Any]]:

@@ -43,6 +43,21 @@ def cost(denoiser: Denoiser, teacher: Model) -> Cost:
     return Cost(count(twin.foundation), count(twin.module), counter.get_total_flops() // 2)
 
 
+def plan_table(plan: DenoiserPlan, teacher: Model) -> str:
+    """Parameters and MACs of teacher and student, as lines to print."""
+    costs = {"teacher": cost(teacher.denoiser, teacher), "student": cost(build_student(plan, teacher), teacher)}
+    lines = [f"{'':8}  {'foundation':>12}  {'module':>12}  {'parameters':>12}  {'MACs':>14}"]
+    for name, c in costs.items():
+        lines.append(
+            f"{name:8}  {c.foundation_parameters:12,}  {c.module_parameters:12,}  {c.parameters:12,}  {c.macs:14,}"
+        )
+    t, s = costs["teacher"], costs["student"]
+    lines.append(
+        f"the student has {t.parameters / s.parameters:.1f}x fewer parameters, {t.macs / s.macs:.1f}x fewer MACs"
+    )
+    return "\n".join(lines)
+
+
 def probe(model: Model, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One input of a denoiser at the model's own resolution: x_t, t, text, control."""
     foundation = model.denoiser.foundation.config

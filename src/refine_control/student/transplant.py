@@ -24,7 +24,11 @@ def transplant(student: Denoiser, teacher: Denoiser) -> list[str]:
     fresh = []
     for name, tensor in student.state_dict().items():
         origin = source.get(_teacher_name(name, shift))
-        if origin is None or origin.ndim != tensor.ndim or any(o < s for o, s in zip(origin.shape, tensor.shape, strict=True)):
+        if (
+            origin is None
+            or origin.ndim != tensor.ndim
+            or any(o < s for o, s in zip(origin.shape, tensor.shape, strict=True))
+        ):
             fresh.append(name)
         else:
             tensor.copy_(select(origin, tensor.shape))
@@ -42,5 +46,3 @@ def select(origin: Tensor, shape: torch.Size) -> Tensor:
 def _teacher_name(name: str, shift: int) -> str:
     """Up blocks are counted from the bottom; a student with fewer levels lacks the deepest, the first of them."""
     return re.sub(r"up_blocks\.(\d+)", lambda m: f"up_blocks.{int(m[1]) + shift}", name)
-
-

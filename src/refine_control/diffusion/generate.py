@@ -1,0 +1,37 @@
+"""One picture, a mask, a prompt -> the picture with its hole filled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from refine_control.data.controls import inpaint_control
+from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
+from refine_control.diffusion.model import load
+from refine_control.diffusion.sample import paste, sample
+from refine_control.errors import DataError
+from refine_control.recipe import SampleConfig
+
+
+def generate(model: str, image: Path, mask: Path, prompt: str, out: Path, config: SampleConfig, device: str) -> None:
+    """Fills the white part of `mask` in `image` and writes a PNG at the model's resolution. Known pixels stay.
+
+    Raises:
+        DataError: picture and mask cannot be read or differ in size, or `out` cannot be written.
+    """
+    picture, hole = read_image(image), read_mask(mask)
+    if picture.shape[:2] != hole.shape:
+        (h, w), (mh, mw) = picture.shape[:2], hole.shape
+        raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
+    loaded = load(model, device).freeze()
+    known = torch.from_numpy(fit_square(picture, loaded.resolution)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    where = torch.from_numpy(fit_square_mask(hole, loaded.resolution))[None, None].float()
+    filled = paste(sample(loaded, inpaint_control(known, where), [prompt], config, [config.seed]), known, where)
+    pixels = ((filled[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(out)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write '{out}': {error}") from None

@@ -1,0 +1,86 @@
+"""A saved model on every held-out domain: its scores, its cost, its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from refine_control.diffusion.model import Model, load, resolve
+from refine_control.distill.loop import pick_device
+from refine_control.distill.teacher import open_pictures
+from refine_control.evaluate.features import efficientnet_lite0
+from refine_control.evaluate.heldout import HeldOut
+from refine_control.evaluate.score import Reference
+from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
+from refine_control.student.plan import cost
+
+
+@dataclass
+class Domain:
+    """One held-out set and the features of its true pictures."""
+
+    heldout: HeldOut
+    reference: Reference
+
+    def score(self, model: Model, config: SampleConfig) -> tuple[dict[str, Any], Tensor]:
+        drawn = self.heldout.draw(model, config)
+        return self.reference.score(drawn), drawn
+
+
+def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) -> dict[str, Domain]:
+    """The held-out sets of a recipe: 'labelled', and 'unlabelled' where there is one."""
+    extractor = efficientnet_lite0()
+    domains = {}
+    for name, pictures in zip(("labelled", "unlabelled"), open_pictures(data, config.split, variants=1), strict=True):
+        if pictures is not None:
+            heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
+            domains[name] = Domain(heldout, Reference(heldout.true, heldout.batch.mask, extractor))
+    return domains
+
+
+def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, folder: Path) -> dict[str, Any]:
+    """Scores a saved model on every domain, once: the result is kept in `folder` beside the pictures.
+
+    Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see score.score}}; pictures (N, 3, H, W) in
+    [0, 1] are read back with `drawn`.
+    """
+    kept = folder / "evaluation.json"
+    settings = {
+        "model": _fingerprint(resolve(name)),
+        "sample": config.model_dump(),
+        "images": {domain: len(held.heldout.batch) for domain, held in domains.items()},
+    }
+    if kept.is_file():
+        result = json.loads(kept.read_text(encoding="utf-8"))
+        if result["settings"] == settings:
+            return result
+    model = load(name, pick_device("auto")).freeze()
+    counted = cost(model.denoiser, model)
+    result = {"settings": settings, "cost": {"params": counted.parameters, "macs": counted.macs}, "domains": {}}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
+        result["domains"][domain_name], pictures[domain_name] = domain.score(model, config)
+    save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
+    kept.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def drawn(folder: Path) -> dict[str, Tensor]:
+    """Domain -> the pictures that `evaluate_model` drew, (N, 3, H, W) in [0, 1]."""
+    return {domain: p.float() / 255 for domain, p in load_file(folder / "drawn.safetensors").items()}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when the weights do: the hash of every weight file's bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

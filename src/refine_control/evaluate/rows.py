@@ -1,0 +1,57 @@
+"""Rows that differ in one thing: the method, and the controls that it is measured against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from refine_control.distill.distil import Distiller
+from refine_control.errors import RecipeError
+from refine_control.recipe import DistilRecipe, LossWeights
+
+TASK_ONLY = LossWeights(task=1)
+
+
+def _task_only(recipe: DistilRecipe, init: str) -> DistilRecipe:
+    stages = {name: getattr(recipe, name).model_copy(update={"weights": TASK_ONLY}) for name in ("stage1", "stage2")}
+    return recipe.model_copy(update={**stages, "init": init})
+
+
+def _stage1_continued(recipe: DistilRecipe) -> DistilRecipe:
+    """Stage 2's steps, batch size and learning rate, spent on what stage 1 does: its data and its weights."""
+    keep = {"labelled_fraction", "weights", "task_on_unlabelled", "caption_dropout", "feature_norm", "snr_gamma"}
+    stage2 = recipe.stage2.model_copy(update={name: getattr(recipe.stage1, name) for name in keep})
+    return recipe.model_copy(update={"stage2": stage2})
+
+
+ROWS: dict[str, Callable[[DistilRecipe], DistilRecipe]] = {
+    "scratch": lambda recipe: _task_only(recipe, "random"),
+    "teacher-weights": lambda recipe: _task_only(recipe, "teacher"),
+    "stage1-continued": _stage1_continued,
+    "refine-control": lambda recipe: recipe,
+}
+
+
+def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, folder: Path) -> Path:
+    """Trains one row with one seed, or takes it as it is when it is complete. Returns the saved student."""
+    if row not in ROWS:
+        raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
+    varied = ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)})
+    wanted = varied.model_dump(mode="json", exclude={"run"})
+    begun, done = folder / "begun.json", folder / "done.json"
+    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
+        raise RecipeError(f"'{folder}' holds a run of another recipe; remove it or choose another output_dir")
+    if done.is_file():
+        return folder / "student"
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(wanted), encoding="utf-8")
+    student = distiller.run(varied, folder)
+    done.write_text(json.dumps({"wall_seconds": wall_seconds(folder)}), encoding="utf-8")
+    return student
+
+
+def wall_seconds(folder: Path) -> float:
+    """Training time of all stages, by their logs; interruptions do not count."""
+    logs = [log.read_text(encoding="utf-8").splitlines() for log in sorted(folder.glob("stage*/losses.jsonl"))]
+    return sum(json.loads(lines[-1])["seconds"] for lines in logs if lines)
