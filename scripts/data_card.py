@@ -15,8 +15,8 @@ CARD = """# Embedded data
 
 | source | version | licence | what |
 |---|---|---|---|
-| Fluent 3D emoji, npm `@lobehub/fluent-emoji-3d` | 1.1.0 | MIT, Microsoft (`LICENSES/fluent-emoji.txt`) | drawings, style "3d" |
-| Noto emoji, npm `emoji-datasource-google` | 16.0.0 | Apache-2.0, Google (`LICENSES/noto-emoji.txt`) | drawings, style "flat" |
+| Fluent 3D emoji, npm `@lobehub/fluent-emoji-3d` | 1.1.0 | MIT, Microsoft (`LICENSES/fluent-emoji.txt`) | style "3d" |
+| Noto emoji, npm `emoji-datasource-google` | 16.0.0 | Apache-2.0, Google (`LICENSES/noto-emoji.txt`) | style "flat" |
 | emoji names, `emoji.json` of the same package | 16.0.0 | MIT, Cal Henderson (`LICENSES/emoji-data.txt`) | captions |
 | Debian `openclipart-png` | 1:0.18+dfsg-19 | public domain (`LICENSES/openclipart.txt`) | drawings, no captions |
 
@@ -25,17 +25,19 @@ CARD = """# Embedded data
 
 ## Split by concept
 A concept is a code point sequence without skin tone, gender and direction; emoji with the same name but for gender, and
-series such as clock faces or families, are one concept. For clip art it is the folder and the first word of the file name.
-Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most 2 bits, over both
-domains. The split is drawn by the hash of the concept's name (10 % test and 4 % val of emoji, 5 % and 2 % of clip art);
-concepts of more than 60 pictures, and those that hold pictures of both domains, stay in train.
+series such as clock faces or families, are one concept. For clip art it is the folder and the first word of the file
+name. Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most 2 bits,
+over both domains. The split is drawn by the hash of the concept's name (10 % test and 4 % val of emoji, 5 % and 2 % of
+clip art); concepts of more than 20 pictures, and those that hold pictures of both domains, stay in train. Of clip
+art, at most 40 pictures of one folder and first word are kept.
 
 ## Left out
 {dropped}
 
 ## Limits
 Drawings on white, no photographs. English names as captions, with the style as their last word. Clip art of the 2000s,
-by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one way only.
+by many hands, some with writing. Names follow
+Unicode, so "person" is often drawn in one way only.
 """
 
 

@@ -39,6 +39,7 @@ CLIPART = "openclipart-png/usr/share/openclipart/png"
 SHARES = {"emoji": {"test": 0.10, "val": 0.04}, "openclipart": {"test": 0.05, "val": 0.02}}
 SPLITS = ("train", "val", "test")
 LARGEST = 20  # a concept with more pictures than this stays in train, lest one thing fill the test split
+SERIES_LIMIT = 40  # pictures of clip art from one folder with one first word
 NEAR = 2  # of 128 hash bits
 # Series whose members differ in a detail: each is one concept.
 SERIES = {
@@ -151,6 +152,19 @@ def clipart_concept(path: Path) -> str:
     return "/".join(("openclipart", *path.parent.parts, words[0] if words else path.stem.lower()))
 
 
+def thin_out(paths: list[Path], root: Path, dropped: Counter) -> list[Path]:
+    """At most SERIES_LIMIT pictures of one folder and first word: 1,374 stars would be a fifth of all clip art."""
+    series = defaultdict(list)
+    for path in paths:
+        series[clipart_concept(path.relative_to(root))].append(path)
+    kept = []
+    for members in series.values():
+        step = max(1, -(-len(members) // SERIES_LIMIT))
+        kept += members[::step]
+    dropped["openclipart: beyond the limit of a series"] += len(paths) - len(kept)
+    return sorted(kept)
+
+
 def read_fitted(path: Path, resolution: int) -> np.ndarray | None:
     """One picture at the final size, or None where it cannot be read."""
     try:
@@ -162,6 +176,7 @@ def read_fitted(path: Path, resolution: int) -> np.ndarray | None:
 def load_clipart(sources: Path, resolution: int, dropped: Counter) -> list[Picture]:
     """Every regular, readable PNG of Debian's openclipart, without captions."""
     paths = [path for path in sorted((sources / CLIPART).rglob("*.png")) if not path.is_symlink()]
+    paths = thin_out(paths, sources / CLIPART, dropped)
     pictures = []
     with ProcessPoolExecutor() as pool:
         images = pool.map(partial(read_fitted, resolution=resolution), paths, chunksize=16)

@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         _generate,
         "Fill the white part of a mask in one picture.",
-        "  refine-control generate --model zoo:emoji-student --image face.png --mask hole.png --prompt 'cat face, flat' "
-        "--out filled.png",
+        "  refine-control generate --model zoo:emoji-student --image face.png --mask hole.png "
+        "--prompt 'cat face, flat' --out filled.png",
     )
     command.add_argument("--model", default="zoo:emoji-student")
     command.add_argument("--image", type=Path, required=True)

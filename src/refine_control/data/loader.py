@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +12,13 @@ from PIL import Image
 
 from refine_control.data.batch import Batch
 from refine_control.data.example import Example
-from refine_control.data.images import fit_square
+from refine_control.data.images import fit_square, fit_square_mask
 from refine_control.data.masks import sample_mask
 from refine_control.errors import DataError
 from refine_control.recipe import DataConfig, MaskConfig
+
+# Pictures (H, W, 3) and masks (H, W): a mask stays 0 or 1.
+_RESAMPLING = {3: Image.Resampling.BICUBIC, 2: Image.Resampling.NEAREST}
 
 
 class Dataset(Protocol):
@@ -55,24 +59,19 @@ class Pictures:
         return example
 
     def _versioned(self, example: Example, version: int, index: int) -> Example:
-        """Version 0 as it is, 1 mirrored, the others zoomed and shifted by up to an eighth, every second one mirrored."""
-        size = self.config.resolution
+        """Version 0 as it is, 1 mirrored, others zoomed and shifted by up to an eighth, every second one mirrored."""
+        size, fit = self.config.resolution, self.config.fit
 
-        def bring(image: np.ndarray | None, is_mask: bool = False) -> np.ndarray | None:
-            if image is None:
-                return None
+        def turned(picture: np.ndarray) -> np.ndarray:
             if version >= 2:
-                image = _zoom(image, np.random.default_rng(derive_seed("variant", index, version)))
-            if version % 2:
-                image = image[:, ::-1]
-            square = fit_square(np.ascontiguousarray(image), size, self.config.fit)
-            return (square > 127).astype(np.uint8) if is_mask else square
+                picture = _zoom(picture, np.random.default_rng(derive_seed("variant", index, version)))
+            return np.ascontiguousarray(picture[:, ::-1]) if version % 2 else picture
 
-        mask = None if example.mask is None else example.mask * np.uint8(255)
-        image = bring(example.image)
-        assert image is not None
-        return Example(
-            example.key, image, example.text, bring(mask, is_mask=True), bring(example.control), example.extra
+        return replace(
+            example,
+            image=fit_square(turned(example.image), size, fit),
+            mask=None if example.mask is None else fit_square_mask(turned(example.mask), size, fit),
+            control=None if example.control is None else fit_square(turned(example.control), size, fit),
         )
 
 
@@ -83,7 +82,7 @@ def _zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     crop_h, crop_w = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = int(rng.uniform(0, height - crop_h + 1)), int(rng.uniform(0, width - crop_w + 1))
     crop = image[top : top + crop_h, left : left + crop_w]
-    return np.asarray(Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(crop).resize((width, height), _RESAMPLING[image.ndim]))
 
 
 class Loader:

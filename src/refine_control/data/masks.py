@@ -1,4 +1,4 @@
-"""Free-form masks by LaMa's numbers (Suvorov et al. 2021, 2109.07161), which stand for 256 px and scale with the picture."""
+"""Free-form masks by LaMa's numbers (Suvorov et al. 2021, 2109.07161): given for 256 px, scaled with the picture."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def sample_mask(weights: Mapping[str, float], size: tuple[int, int], seed: int) 
         RecipeError: an unknown kind, or no kind with a weight above 0.
     """
     total = sum(weights.values())
-    if total <= 0:
-        raise RecipeError(f"masks: all weights are 0 ({dict(weights)}); give at least one kind a weight")
+    if total <= 0 or min(weights.values()) < 0:
+        raise RecipeError(f"masks: weights {dict(weights)}; give at least one kind a weight above 0, and none below 0")
     rng = np.random.default_rng(seed)
     kinds = list(weights)
     kind = kinds[int(rng.choice(len(kinds), p=[weights[k] / total for k in kinds]))]
@@ -57,6 +57,8 @@ def draw_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.
     """
     if kind != "box" and kind not in KINDS:
         raise RecipeError(f"masks: unknown kind '{kind}'; there are thin, medium, thick and box")
+    if min(size) < 8:
+        raise RecipeError(f"masks: {size[1]}x{size[0]} is too small for a mask; use a resolution of 8 or more")
     while True:
         canvas = Image.new("L", (size[1], size[0]))
         if kind == "box":

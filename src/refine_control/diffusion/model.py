@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -57,15 +58,15 @@ def build_denoiser(plan: DenoiserPlan, latent_channels: int, text_width: int, sa
     Without a mid block the module keeps one and the foundation has none: stock ControlNetModel cannot be built
     without (diffusers issue 8424), and stock UNets add the mid residual all the same.
     """
-    foundation_shape = dict(
-        in_channels=latent_channels,
-        block_out_channels=plan.block_out_channels,
-        layers_per_block=plan.layers_per_block,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in plan.attention),
-        norm_num_groups=plan.norm_num_groups,
-        cross_attention_dim=text_width,
-        attention_head_dim=plan.heads,  # diffusers' name; it has always meant the number of heads
-    )
+    foundation_shape = {
+        "in_channels": latent_channels,
+        "block_out_channels": plan.block_out_channels,
+        "layers_per_block": plan.layers_per_block,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in plan.attention),
+        "norm_num_groups": plan.norm_num_groups,
+        "cross_attention_dim": text_width,
+        "attention_head_dim": plan.heads,  # diffusers' name; it has always meant the number of heads
+    }
     foundation = UNet2DConditionModel(
         **foundation_shape,
         sample_size=sample_size,
@@ -220,7 +221,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
         text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         scheduler = dict(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load '{name}': {' '.join(str(error).split())[:300]}") from None
     model = Model(Denoiser(foundation.float(), module.float()), vae.float(), text_encoder.float(), tokenizer, scheduler)
     _check_belonging(model, name)

@@ -44,7 +44,7 @@ def check_map(mapping: Mapping[str, str], student: Shapes, teacher: Shapes) -> N
 
 
 class Bridges(nn.Module):
-    """One learned 1x1 projection a student point, to the channels of its teacher point. Never part of a saved student."""
+    """A learned 1x1 projection for each student point, to its teacher point's channels; never saved with a student."""
 
     def __init__(self, mapping: Mapping[str, str], student: Shapes, teacher: Shapes) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def save(folder: Path, step: int, trainable: nn.Module, ema: list[Tensor], optim
                 os.fsync(file.fileno())
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"cannot write checkpoint '{target}': {error}; make room, then run the same command") from None
     for old in sorted(folder.glob("step-*"))[:-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _train_autoencoder(
     train(
         folder,
         autoencoder_losses(model.vae),
-        {"reconstruction": 1.0, "edges": 0.5, "kl": KL_WEIGHT},
+        {"reconstruction": 1.0, "colour": 2.0, "edges": 0.5, "kl": KL_WEIGHT},
         loader,
         model.vae,
         recipe.autoencoder_stage,
@@ -98,13 +99,14 @@ def _train_autoencoder(
     model.vae.register_to_config(scaling_factor=float(1 / modes.std()))
 
 
-def autoencoder_losses(vae: nn.Module) -> Callable[[Batch], Losses]:
+def autoencoder_losses(vae: Any) -> Callable[[Batch], Losses]:
     def losses(batch: Batch) -> Losses:
         posterior = vae.encode(batch.image).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=batch.generator()).to(batch.image)
         rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
         return {
             "reconstruction": F.l1_loss(rebuilt, batch.image),
+            "colour": F.mse_loss(rebuilt, batch.image),  # without it rare hues, such as green, turn grey
             "edges": F.l1_loss(_edges(rebuilt), _edges(batch.image)),
             "kl": posterior.kl().mean(),
         }

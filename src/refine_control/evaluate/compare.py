@@ -41,8 +41,8 @@ DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabe
 def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> Path:
     """Trains and scores every row with every seed, resuming what is there. Returns the report's path.
 
-    Writes, in recipe.output_dir: ROW/seed-N/ (student, losses, previews, evaluation.json), scores.json (mean over seeds;
-    with several seeds the spread too), table.csv, table.md and report.html.
+    Writes, in recipe.output_dir: ROW/seed-N/ (student, losses, previews, evaluation.json), scores.json (mean over seeds
+    and spread), table.csv, table.md and report.html.
     """
     out = Path(recipe.output_dir)
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
@@ -59,7 +59,7 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     latency = latency_ms(models)
     scores = {name: _summary(name, results, latency[name]) for name in ("teacher", *rows)}
     first = results["teacher", 0]["domains"]["labelled"]
-    table = {name: _flat(summary) for name, summary in scores.items()}
+    table: dict[str, Any] = {name: _flat(summary) for name, summary in scores.items()}
     table["extractor"] = first["provenance"]
     table["other_domain"] = {name: summary["domains"].get("unlabelled") for name, summary in scores.items()}
     table["spread"] = {name: summary["spread"] for name, summary in scores.items()}
@@ -156,7 +156,7 @@ def _report(
         lead=(
             f"A teacher of {rows[0].params or 0:,} parameters was distilled into a student of {rows[1].params or 0:,}. "
             "Every student saw the same pictures, masks and noise for the same number of steps, and is drawn with the "
-            f"same sampler from the same noise. Scores are means over {len(seeds)} training seed(s) on held-out pictures."
+            f"same sampler from the same noise. Scores are means over {len(seeds)} seed(s), on held-out pictures."
         ),
         rows=rows,
         truth={name: domain.heldout.true for name, domain in domains.items()},

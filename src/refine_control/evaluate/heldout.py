@@ -21,7 +21,7 @@ from refine_control.student.plan import probe
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One domain's test pictures. batch.image: (N, 3, H, W) in [-1, 1]; masks and noise seeds depend on the row alone."""
+    """One domain's test pictures. batch.image: (N, 3, H, W) in [-1, 1]; masks and noise depend on the row alone."""
 
     name: str
     batch: Batch

@@ -1,0 +1,19 @@
+"""One thread and no network for every test: results do not depend on the machine's cores, nor on what it can reach."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands before every other import
+
+import pytest
+import torch
+
+from refine_control.diffusion.model import Model
+from tiny import tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Model:
+    """A frozen tiny model that tests share; one that changes it builds its own."""
+    return tiny_model().freeze()

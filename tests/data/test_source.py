@@ -1,0 +1,86 @@
+"""Which dataset a path gives, and the check of all images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_control.data.example import Example
+from refine_control.data.folders import FolderDataset
+from refine_control.data.images import encode_png
+from refine_control.data.shards import ShardDataset, write_shards
+from refine_control.data.source import check, open_dataset
+from refine_control.errors import DataError
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def put(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(IMAGE))
+
+
+def test_shards_of_the_split_come_first(tmp_path: Path) -> None:
+    put(tmp_path / "loose.png")
+    for split in ("train", "test"):
+        write_shards([Example(f"{split}{i}", IMAGE) for i in range(2)], tmp_path, split, max_bytes=1)
+    dataset = open_dataset(str(tmp_path), "test")
+    assert isinstance(dataset, ShardDataset)
+    assert dataset.keys() == ["test0", "test1"]
+
+
+def test_absent_split_lists_the_others(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_shards([Example("a", IMAGE)], tmp_path, split)
+    with pytest.raises(DataError, match="no 'test' shards, only train, val"):
+        open_dataset(tmp_path, "test")
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    put(tmp_path / "train/a.png")
+    put(tmp_path / "val/b.png")
+    assert open_dataset(tmp_path, "val").keys() == ["b.png"]
+    with pytest.raises(DataError, match="no 'test' folder, only train, val"):
+        open_dataset(tmp_path, "test")
+
+
+def test_metadata_in_the_split_folder_and_beside_it(tmp_path: Path) -> None:
+    put(tmp_path / "train/a.png")
+    line = '{"file_name": "a.png", "text": "t"}\n'
+    (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match="stands beside train/"):
+        open_dataset(tmp_path)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "train/metadata.jsonl")
+    assert open_dataset(tmp_path).text(0) == "t"
+
+
+def test_unsplit_folder_serves_every_split(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    for split in ("train", "test"):
+        dataset = open_dataset(tmp_path, split)
+        assert isinstance(dataset, FolderDataset)
+        assert dataset.keys() == ["a.png"]
+
+
+@pytest.mark.parametrize("split", ["", "../x", "*", ".hidden", "tr?in"])
+def test_split_must_be_a_name(tmp_path: Path, split: str) -> None:
+    with pytest.raises(DataError, match="is not a name"):
+        open_dataset(tmp_path, split)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gone: no such folder"):
+        open_dataset(tmp_path / "gone")
+
+
+def test_check_lists_every_fault_and_only_faults(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        put(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
+    faults = check(open_dataset(tmp_path))
+    assert [key for key, _ in faults] == ["b.png", "d.png"]
+    assert "empty" in faults[0][1]
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "d.png").unlink()
+    assert check(open_dataset(tmp_path)) == []

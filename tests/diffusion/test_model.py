@@ -1,0 +1,226 @@
+"""A model survives its own folder, stock diffusers runs that folder, and a folder that is wrong is named in one line."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetInpaintPipeline, StableDiffusionControlNetPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from refine_control.diffusion.model import Model, build_autoencoder, build_text, load, resolve
+from refine_control.errors import ModelError
+from tiny import AUTOENCODER, TEXT, WORDS, batch, plan, tiny_denoiser, tiny_model
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "controlnet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+PLANS = {"with mid block": plan(16, 32), "without": plan(8, 16, mid_block="none")}
+
+
+def networks(model: Model) -> tuple[nn.Module, ...]:
+    return model.denoiser, model.vae, model.text_encoder
+
+
+def outputs(model: Model) -> list[Tensor]:
+    b = batch(3)
+    with torch.no_grad():
+        text, latents = model.embed(list(b.captions)), model.encode(b.image)
+        return [
+            text,
+            latents,
+            model.decode(latents),
+            model.denoiser(latents, torch.tensor([0, 500, 999]), text, (b.image + 1) / 2),
+        ]
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+def model(request: pytest.FixtureRequest) -> Model:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def folder(teacher: Model, tmp_path: Path) -> Path:
+    """A saved model that a test may break."""
+    teacher.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_saved_then_loaded_is_equal(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path)
+    loaded = load(str(tmp_path))
+    for before, after in zip(outputs(model), outputs(loaded), strict=True):
+        assert torch.equal(before, after)
+    assert noise_of(loaded) == noise_of(model)
+    assert (loaded.denoiser.foundation.mid_block is None) == (model.denoiser.foundation.mid_block is None)
+    assert loaded.resolution == model.resolution == 16
+    assert loaded.downscale == 2
+
+
+def test_half_precision_loads_as_float32(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path, torch.float16)
+    kept = load_file(tmp_path / "unet" / WEIGHTS["unet"])
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float16}
+    loaded = load(str(tmp_path))
+    assert {p.dtype for network in networks(loaded) for p in network.parameters()} == {torch.float32}
+    for before, after in zip(outputs(model), outputs(loaded), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0.05)
+
+
+@pytest.mark.xfail(strict=True, reason="save() casts the live networks to half and back, which rounds them")
+def test_saving_does_not_touch_the_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    before = outputs(model)
+    model.save(tmp_path, torch.float16)
+    for old, new in zip(before, outputs(model), strict=True):
+        assert torch.equal(old, new)
+
+
+def noise_of(model: Model) -> dict:
+    return {k: v for k, v in model.scheduler.items() if not k.startswith("_")}
+
+
+def test_stock_pipelines_run_the_folder(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path)
+    picture, hole = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    known = -torch.ones(1, 3, 16, 16)
+    for kind, pictures in (
+        (StableDiffusionControlNetPipeline, {"image": known}),
+        (StableDiffusionControlNetInpaintPipeline, {"image": picture, "mask_image": hole, "control_image": known}),
+    ):
+        pipeline = kind.from_pretrained(tmp_path, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = pipeline("a red cat", **pictures, num_inference_steps=2, height=16, width=16, output_type="pt").images
+        assert drawn.shape == (1, 3, 16, 16)
+        assert drawn.isfinite().all()
+        assert drawn.std() > 0.01
+
+
+def test_the_module_steers_the_foundation(teacher: Model) -> None:
+    """Known pixels and holes reach the prediction: the two networks are joined."""
+    x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.zeros(1, 8, 16)
+    with torch.no_grad():
+        hole, white = (teacher.denoiser(x, t, text, torch.full((1, 3, 16, 16), v)) for v in (-1.0, 1.0))
+    assert (hole - white).abs().max() > 1e-3
+
+
+def test_frozen_means_no_gradient_and_eval_for_good() -> None:
+    model = tiny_model()
+    for network in networks(model):
+        network.train()
+    assert model.freeze() is model
+    owner = nn.Module()
+    owner.teacher, owner.student = model, nn.Dropout()
+    owner.train()
+    assert owner.student.training
+    for network in networks(model):
+        assert not any(p.requires_grad for p in network.parameters())
+        assert not any(module.training for module in network.modules())
+
+
+# What cannot be loaded
+
+
+def refused(name: Path | str) -> str:
+    """The message, which is one line that names the model."""
+    with pytest.raises(ModelError) as caught:
+        load(str(name))
+    assert "\n" not in str(caught.value)
+    assert str(name) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    assert "model_index.json" in refused(tmp_path / "nowhere")
+    assert "model_index.json" in refused(tmp_path)
+
+
+def test_an_unknown_zoo_name_lists_the_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refine_control.diffusion.model.ZOO", tmp_path)
+    assert "there are: none yet" in refused("zoo:nobody")
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody" / "model_index.json").write_text("{}")
+    assert "there are: zoo:somebody" in refused("zoo:nobody")
+    assert resolve("zoo:somebody") == tmp_path / "somebody"
+
+
+NO_TOKENIZER = pytest.mark.xfail(strict=True, reason="load() takes transformers' two-word tokenizer for a missing one")
+GAPS_ARE_FILLED = pytest.mark.xfail(strict=True, reason="load() does not look at missing keys: the gap is random")
+
+
+@pytest.mark.parametrize("part", [*WEIGHTS, pytest.param("tokenizer", marks=NO_TOKENIZER), "scheduler"])
+def test_a_missing_part(folder: Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+    refused(folder)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_weights_in_a_pickle_are_not_read(folder: Path, part: str) -> None:
+    weights = folder / part / WEIGHTS[part]
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    refused(folder)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_torn_weights(folder: Path, part: str) -> None:
+    weights = folder / part / WEIGHTS[part]
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(folder)
+
+
+@GAPS_ARE_FILLED
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_weights_that_lack_a_tensor(folder: Path, part: str) -> None:
+    """Stock loading would fill the gap with random numbers and only warn."""
+    weights = folder / part / WEIGHTS[part]
+    kept = load_file(weights)
+    name = sorted(kept)[0]
+    del kept[name]
+    save_file(kept, weights, metadata={"format": "pt"})
+    assert name.rpartition(".")[2] in refused(folder)
+
+
+def other_text_width(model: Model) -> Model:
+    text_encoder, tokenizer = build_text(TEXT.model_copy(update={"hidden_size": 24}), list(WORDS))
+    return replace(model, text_encoder=text_encoder, tokenizer=tokenizer)
+
+
+def other_latents(model: Model) -> Model:
+    return replace(model, vae=build_autoencoder(AUTOENCODER.model_copy(update={"latent_channels": 6})))
+
+
+def other_cross_attention(model: Model) -> Model:
+    wide = tiny_denoiser(text_width=24)
+    denoiser = tiny_denoiser()
+    denoiser.module = wide.module
+    return replace(model, denoiser=denoiser)
+
+
+def other_widths(model: Model) -> Model:
+    denoiser = tiny_denoiser()
+    denoiser.module = tiny_denoiser(plan(8, 16)).module
+    return replace(model, denoiser=denoiser)
+
+
+@pytest.mark.parametrize(
+    ("mismatch", "numbers"),
+    [
+        (other_text_width, "16 and 24"),
+        (other_latents, "4 and 6"),
+        (other_cross_attention, "16 and 24"),
+        (other_widths, "(16, 32) and (8, 16)"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    teacher: Model, tmp_path: Path, mismatch: Callable[[Model], Model], numbers: str
+) -> None:
+    mismatch(teacher).save(tmp_path)
+    assert refused(tmp_path).endswith(f"differ, {numbers}")

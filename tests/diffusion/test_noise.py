@@ -1,0 +1,136 @@
+"""The forward process: its invariants, its agreement with diffusers, and the way back through the sampler."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from refine_control.data.controls import inpaint_control
+from refine_control.diffusion.model import Model
+from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.diffusion.sample import _denoise, sample
+from refine_control.recipe import NoiseConfig, SampleConfig
+from tiny import batch
+
+TYPES = get_args(NoiseConfig.model_fields["prediction_type"].annotation)
+BETAS = get_args(NoiseConfig.model_fields["beta_schedule"].annotation)
+
+
+def noise_config(prediction_type: str, **changes: object) -> NoiseConfig:
+    """Noise that never quite drowns the picture where eps is predicted: pure noise says nothing of x0 then."""
+    zero_snr = prediction_type != "epsilon"
+    return NoiseConfig(prediction_type=prediction_type, **{"rescale_betas_zero_snr": zero_snr, **changes})
+
+
+def schedule(prediction_type: str = "v_prediction") -> NoiseSchedule:
+    return NoiseSchedule.from_config(scheduler_config(noise_config(prediction_type)))
+
+
+def by_snr(prediction_type: str, *snr: float) -> NoiseSchedule:
+    """A schedule whose step i has the i-th signal-to-noise ratio."""
+    ratio = torch.tensor(snr)
+    return NoiseSchedule((ratio / (1 + ratio)).sqrt(), (1 / (1 + ratio)).sqrt(), prediction_type)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("zero_snr", [True, False])
+def test_variance_is_preserved_and_noise_only_grows(betas: str, zero_snr: bool) -> None:
+    config = NoiseConfig(beta_schedule=betas, rescale_betas_zero_snr=zero_snr, num_train_timesteps=100)
+    s = NoiseSchedule.from_config(scheduler_config(config))
+    assert len(s) == 100
+    torch.testing.assert_close(s.alpha**2 + s.sigma**2, torch.ones(100))
+    assert (s.sigma.diff() > 0).all()
+    assert (s.alpha.diff() < 0).all()
+
+
+def test_zero_terminal_snr_ends_in_pure_noise() -> None:
+    ends, does_not = (
+        NoiseSchedule.from_config(scheduler_config(NoiseConfig(rescale_betas_zero_snr=z))) for z in (True, False)
+    )
+    assert ends.alpha[-1] == 0
+    assert ends.sigma[-1] == 1
+    assert does_not.alpha[-1] > 0.01
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_the_right_prediction_stands_for_x0(prediction_type: str) -> None:
+    s = schedule(prediction_type)
+    t = torch.arange(len(s))
+    x0, eps = torch.randn(2, len(s), 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = s.add_noise(x0, eps, t)
+    torch.testing.assert_close(s.to_x0(s.target(x0, eps, t), x_t, t), x0, rtol=0, atol=1e-5)
+
+
+def test_noise_and_v_are_those_of_diffusers() -> None:
+    config = scheduler_config(NoiseConfig())
+    ours, theirs = NoiseSchedule.from_config(config), DDIMScheduler.from_config(config)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    x0, eps = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t))
+    torch.testing.assert_close(ours.target(x0, eps, t), theirs.get_velocity(x0, eps, t))
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "expected"),
+    [("epsilon", [1, 5 / 9]), ("sample", [4, 5]), ("v_prediction", [4 / 5, 5 / 10])],
+)
+def test_min_snr_weights(prediction_type: str, expected: list[float]) -> None:
+    """Signal to noise 4 and 9, gamma 5."""
+    weight = by_snr(prediction_type, 4, 9).row_weight(torch.tensor([0, 1]), gamma=5)
+    torch.testing.assert_close(weight, torch.tensor(expected), rtol=1e-5, atol=0, check_dtype=False)
+
+
+def test_min_snr_weights_at_the_ends() -> None:
+    t = torch.tensor([999, 0, 999])
+    assert torch.equal(schedule().row_weight(t, None), torch.ones(3))
+    weight = schedule().row_weight(t, 5)
+    assert weight[0] == weight[2] == 0
+    assert 0 < weight[1] < 0.01
+
+
+class Oracle:
+    """Stands in for a trained denoiser: knows x0, and remembers which noise each x_t it sees must hold."""
+
+    def __init__(self, schedule: NoiseSchedule, x0: Tensor) -> None:
+        self.schedule, self.x0 = schedule, x0
+        self.foundation = SimpleNamespace(config=SimpleNamespace(in_channels=x0.shape[1]))
+        self.noise: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, text: Tensor, control: Tensor) -> Tensor:
+        x0 = self.x0.repeat(len(x_t) // len(self.x0), 1, 1, 1)
+        alpha, sigma = self.schedule.at(t, x_t)
+        eps = (x_t - alpha * x0) / sigma
+        self.noise.append(eps[: len(self.x0)])
+        return self.schedule.target(x0, eps, t)
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(1, 1), (4, 2), (10, 1), (10, 2)])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_a_perfect_prediction_brings_the_latents_back(
+    teacher: Model, prediction_type: str, steps: int, guidance_scale: float
+) -> None:
+    """Encode, noise, predict perfectly, sample: the latents of the start; on the way one and the same noise.
+
+    For step counts that divide 1000. With others, diffusers' DDIM steps to floor(t - 1000 / steps), which is not quite
+    the next timestep it visits, and the last step ends at t = 0 instead of at the clean latents.
+    """
+    b = batch(3)
+    x0 = teacher.encode(b.image).detach()
+    oracle = Oracle(schedule(prediction_type), x0)
+    model = replace(teacher, denoiser=oracle, scheduler=scheduler_config(noise_config(prediction_type)))
+    config = SampleConfig(num_inference_steps=steps, guidance_scale=guidance_scale, batch_size=3)
+    control = inpaint_control(b.image, b.mask)
+
+    with torch.no_grad():
+        latents = _denoise(model, control, b.captions, config, [0, 1, 2])
+    torch.testing.assert_close(latents, x0, rtol=0, atol=2e-5)
+    assert len(oracle.noise) == steps
+    for eps in oracle.noise[1:]:
+        torch.testing.assert_close(eps, oracle.noise[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        sample(model, control, b.captions, config, [0, 1, 2]), teacher.decode(x0).detach(), rtol=0, atol=2e-4
+    )

@@ -1,0 +1,71 @@
+"""What a step draws: all of it from the batch's seed, timesteps spread evenly."""
+
+from dataclasses import fields, replace
+
+import torch
+from tiny import batch
+from torch import Tensor
+
+from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.distill.draw import Draw, draw
+from refine_control.recipe import NoiseConfig
+
+SCHEDULE = NoiseSchedule.from_config(scheduler_config(NoiseConfig()))
+
+
+def drawn(seed: int = 0, rows: int = 8, caption_dropout: float = 0.0) -> Draw:
+    latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(99))
+    return draw(replace(batch(rows), seed=seed), latents, SCHEDULE, caption_dropout)
+
+
+def equal(a: object, b: object) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_the_seed_decides_everything() -> None:
+    torch.manual_seed(1)
+    first = drawn(0, caption_dropout=0.5)
+    torch.manual_seed(2)
+    again, other = drawn(0, caption_dropout=0.5), drawn(1, caption_dropout=0.5)
+    assert all(equal(getattr(first, f.name), getattr(again, f.name)) for f in fields(Draw))
+    assert not any(equal(getattr(first, name), getattr(other, name)) for name in ("t", "eps", "x_t", "target"))
+
+
+def test_each_eighth_of_the_timesteps_gets_one_row() -> None:
+    seen = set()
+    for seed in range(20):
+        t = drawn(seed).t.sort().values
+        gaps = torch.cat([t, t[:1] + 1000]).diff()
+        assert t.min() >= 0
+        assert t.max() <= 999
+        assert gaps.min() >= 124
+        assert gaps.max() <= 126
+        seen.add(int(t[0]))
+    assert len(seen) > 10, "where the eighths begin is random"
+
+
+def test_noise_is_standard_and_what_x_t_is_made_of() -> None:
+    d = drawn(rows=64)
+    assert abs(d.eps.mean()) < 0.02
+    assert abs(d.eps.std() - 1) < 0.02
+    latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(99))
+    torch.testing.assert_close(d.x_t, SCHEDULE.add_noise(latents, d.eps, d.t))
+    torch.testing.assert_close(SCHEDULE.to_x0(d.target, d.x_t, d.t), latents, rtol=0, atol=1e-5)
+
+
+def test_captions_are_dropped_as_often_as_asked() -> None:
+    b = batch(8)
+    assert drawn(caption_dropout=0).captions == b.captions
+    assert drawn(caption_dropout=1).captions == ("",) * 8
+    dropped = sum(drawn(seed, caption_dropout=0.25).captions.count("") for seed in range(100))
+    assert 150 <= dropped <= 250
+
+
+def test_the_control_hides_the_hole_and_nothing_else() -> None:
+    b = batch(8)
+    hole = b.mask.expand_as(b.image) == 1
+    control = drawn().control
+    assert (control[hole] == -1).all()
+    torch.testing.assert_close(control[~hole], (b.image[~hole] + 1) / 2)
+    assert hole.any()
+    assert not hole.all()

@@ -1,0 +1,306 @@
+"""The loop learns, logs what it says, averages, and goes on after any interruption as if there had been none."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
+from torch import Tensor, nn
+
+from refine_control.data.batch import Batch
+from refine_control.diffusion.encode import Encoder
+from refine_control.diffusion.model import Model
+from refine_control.diffusion.taps import feature_shapes
+from refine_control.distill.alignment import Bridges, automatic_map
+from refine_control.distill.loop import Losses, learning_rate, pick_device, set_threads, train
+from refine_control.distill.stages import distillation_losses
+from refine_control.errors import UserError
+from refine_control.recipe import RunConfig
+from refine_control.student.plan import probe
+
+ONE = batch(2)
+SAVED_OFTEN = RUN.model_copy(update={"checkpoint_every": 2})
+
+
+class Toy(nn.Module):
+    """A vector that learns two goals; what each step asks is drawn from its batch's seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor([1.0, -2.0, 2.0, 0.5]))
+        self.still = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.seen: list[Tensor] = []  # the weights at the start of each step
+
+    def losses(self, batch: Batch) -> Losses:
+        self.seen.append(self.x.detach().clone())
+        goal = torch.randn(4, generator=batch.generator())
+        return {"near": (self.x - goal).square().mean(), "small": self.x.square().sum()}
+
+
+def numbered(step: int) -> Batch:
+    return replace(ONE, seed=step)
+
+
+def toy(folder: Path, model: Toy, weights: tuple[float, float] = (1, 0.1), run: RunConfig = RUN, **changes: object) -> Toy:
+    config = stage(**{"learning_rate": 0.1, **changes})
+    train(folder, model.losses, dict(zip(("near", "small"), weights, strict=True)), numbered, model, config, run)
+    return model
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def newest(folder: Path) -> dict[str, dict[str, Tensor]]:
+    (path,) = (folder / "checkpoints").iterdir()
+    return {name: load_file(path / f"{name}.safetensors") for name in ("trainable", "ema", "optimizer")}
+
+
+def no_seconds(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def interrupted_at(step: int, losses: Callable[[Batch], Losses], error: type[BaseException]) -> Callable[[Batch], Losses]:
+    calls = iter(range(10**6))
+
+    def wrapped(batch: Batch) -> Losses:
+        if next(calls) == step:
+            raise error
+        return losses(batch)
+
+    return wrapped
+
+
+# It learns
+
+
+def test_a_student_learns_one_batch(teacher: Model, tmp_path: Path) -> None:
+    student = tiny_denoiser(STUDENT, seed=1)
+    shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
+    bridges = Bridges(automatic_map(*shapes), *shapes)
+    config = stage(steps=40, learning_rate=3e-3, caption_dropout=0)
+    losses = distillation_losses(student, teacher, bridges, Encoder(teacher, 0.1), config)
+    trainable = nn.ModuleDict({"student": student, "bridges": bridges})
+    train(tmp_path, losses, config.weights.model_dump(), lambda step: batch(4, 0.5), trainable, config, RUN)
+    log = log_of(tmp_path)
+    assert len(log) == 40
+    for term in ("loss", "task", "output", "feature"):
+        assert log[-1][term] < 0.8 * log[0][term], term
+    assert not student.training
+
+
+def test_only_what_requires_gradients_moves(tmp_path: Path) -> None:
+    model = toy(tmp_path, Toy())
+    assert not torch.equal(model.x, Toy().x)
+    assert torch.equal(model.still, torch.ones(2))
+
+
+def test_the_first_step_is_adams(tmp_path: Path) -> None:
+    """Adam's first step is the learning rate, against the gradient's sign; AdamW shrinks the weights beside it."""
+    toy(tmp_path, Toy(), weights=(0, 1), steps=1, learning_rate=0.01, weight_decay=0.5)
+    before = Toy().x.detach()
+    expected = before * (1 - 0.01 * 0.5) - 0.01 * before.sign()
+    torch.testing.assert_close(newest(tmp_path)["trainable"]["x"], expected)
+
+
+# What it logs
+
+
+def test_the_log_names_terms_sum_rate_and_gradients(tmp_path: Path) -> None:
+    run = RUN.model_copy(update={"grad_norm_every": 2})
+    config = {"steps": 5, "learning_rate": 0.1, "warmup_steps": 2}
+    model = toy(tmp_path, Toy(), (1, 0.1), run, **config)
+    log = log_of(tmp_path)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    for line in log:
+        assert line["loss"] == pytest.approx(line["near"] + 0.1 * line["small"])
+        assert line["lr"] == learning_rate(line["step"] - 1, stage(**config))
+        assert ("grad_norm/near" in line) == ("grad_norm/small" in line) == (line["step"] in (1, 3, 5))
+    x, goal = model.seen[0], torch.randn(4, generator=numbered(0).generator())
+    near, small = (x - goal) * 2 / 4, 2 * x
+    assert log[0]["near"] == pytest.approx((x - goal).square().mean().item())
+    assert log[0]["grad_norm/near"] == pytest.approx(near.norm().item())
+    assert log[0]["grad_norm/small"] == pytest.approx(small.norm().item())
+    assert log[0]["grad_norm"] == pytest.approx((near + 0.1 * small).norm().item())
+
+
+def test_it_logs_as_seldom_as_asked(tmp_path: Path) -> None:
+    toy(tmp_path, Toy(), run=RUN.model_copy(update={"log_every": 3}), steps=7)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 3, 6]
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    """Adam does not see a gradient's size, but its second moment does."""
+    toy(tmp_path, Toy(), weights=(0, 1), steps=1, max_grad_norm=0.5)
+    second_moment = newest(tmp_path)["optimizer"]["0.exp_avg_sq"]
+    assert second_moment.sum().item() == pytest.approx(0.01 * 0.5**2, rel=1e-3)
+    assert log_of(tmp_path)[0]["grad_norm"] == pytest.approx(2 * Toy().x.norm().item())
+
+
+def test_the_learning_rate_warms_up_then_falls_as_a_cosine() -> None:
+    config = stage(steps=110, learning_rate=0.2, warmup_steps=10, final_learning_rate=0.1)
+    rates = [learning_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.02 * (step + 1) for step in range(10)])
+    assert rates[10] == max(rates) == 0.2
+    assert rates[60] == pytest.approx((0.2 + 0.02) / 2), "half way down, half way through"
+    assert rates[110] == pytest.approx(0.02)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(0, stage(steps=5, learning_rate=0.2)) == 0.2
+    assert learning_rate(2, stage(steps=3, learning_rate=0.2, warmup_steps=6)) == pytest.approx(0.1)
+
+
+# Averaged weights
+
+
+def test_the_averaged_weights_are_what_is_left(tmp_path: Path) -> None:
+    """The average begins at the first step's result; its decay grows as (1 + k) / (10 + k) up to the recipe's."""
+    model = toy(tmp_path, Toy(), steps=8, ema_decay=0.3)
+    states = [*model.seen[1:], newest(tmp_path)["trainable"]["x"]]
+    average = states[0]
+    for k, state in enumerate(states[1:], 1):
+        decay = min(0.3, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * state
+    torch.testing.assert_close(model.x.detach(), average)
+    assert not torch.equal(model.x, states[-1])
+    assert torch.equal(newest(tmp_path)["ema"]["0"], model.x)
+    assert torch.equal(toy(tmp_path / "none", Toy(), steps=8, ema_decay=0).x, states[-1])
+
+
+def test_previews_see_the_average_and_leave_no_trace(tmp_path: Path) -> None:
+    quiet, shown = Toy(), Toy()
+    previews: dict[str, Tensor] = {}
+
+    def preview(path: Path) -> None:
+        assert not shown.training
+        previews[path.name] = shown.x.detach().clone()
+
+    run = SAVED_OFTEN.model_copy(update={"preview_every": 2})
+    config = stage(steps=5, learning_rate=0.1)
+    weights = {"near": 1, "small": 0.1}
+    train(tmp_path / "shown", shown.losses, weights, numbered, shown, config, run, preview)
+    train(tmp_path / "quiet", quiet.losses, weights, numbered, quiet, config, run)
+    assert list(previews) == ["preview-000002.png", "preview-000004.png", "preview-000005.png"]
+    assert torch.equal(previews["preview-000005.png"], shown.x)
+    assert torch.equal(shown.x, quiet.x)
+    assert all(torch.equal(a, b) for a, b in zip(shown.seen, quiet.seen, strict=True))
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_interrupted_and_run_again_equals_uninterrupted(tmp_path: Path, at: int, error: type[BaseException]) -> None:
+    whole = toy(tmp_path / "whole", Toy(), run=SAVED_OFTEN, steps=7)
+    half = Toy()
+    half.losses = interrupted_at(at, half.losses, error)
+    with pytest.raises(error):
+        toy(tmp_path / "half", half, run=SAVED_OFTEN, steps=7)
+    again = toy(tmp_path / "half", Toy(), run=SAVED_OFTEN, steps=7)
+    assert len(again.seen) == 7 - at // 2 * 2, "it goes on from the checkpoint, not from the start"
+    assert torch.equal(again.x, whole.x)
+    assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
+    for name, tensors in newest(tmp_path / "whole").items():
+        for key, tensor in tensors.items():
+            assert torch.equal(newest(tmp_path / "half")[name][key], tensor), f"{name} {key}"
+
+
+def test_a_distillation_interrupted_equals_uninterrupted(teacher: Model, tmp_path: Path) -> None:
+    """All three terms, mixed rows, bridges: bit by bit. The encoder keeps nothing, so that both compute alike."""
+    config = stage(steps=5, ema_decay=0.5)
+    batches = loader(4, 0.5)
+
+    def run(folder: Path, stop_at: int = 10**6) -> dict[str, Tensor]:
+        student = tiny_denoiser(STUDENT, seed=1)
+        shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            bridges = Bridges(automatic_map(*shapes), *shapes)
+        trainable = nn.ModuleDict({"student": student, "bridges": bridges})
+        losses = distillation_losses(student, teacher, bridges, Encoder(teacher, 1e-12), config)
+        losses = interrupted_at(stop_at, losses, KeyboardInterrupt)
+        train(folder, losses, config.weights.model_dump(), batches, trainable, config, SAVED_OFTEN)
+        return trainable.state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "half", stop_at=3)
+    again = run(tmp_path / "half")
+    assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
+    assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
+    assert newest(tmp_path / "whole").keys() == newest(tmp_path / "half").keys()
+
+
+def test_seconds_go_on_after_an_interruption(tmp_path: Path) -> None:
+    half = Toy()
+    half.losses = interrupted_at(4, half.losses, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, half, run=SAVED_OFTEN, steps=6)
+    lines = log_of(tmp_path)
+    lines[-1]["seconds"] = 1000.0
+    (tmp_path / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    toy(tmp_path, Toy(), run=SAVED_OFTEN, steps=6)
+    assert [line["seconds"] > 1000 for line in log_of(tmp_path)] == [False, False, False, False, True, True]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    done = toy(tmp_path, Toy(), steps=4)
+    lines = log_of(tmp_path)
+    again = toy(tmp_path, Toy(), steps=4)
+    assert again.seen == []
+    assert torch.equal(again.x, done.x)
+    assert log_of(tmp_path) == lines
+
+
+def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
+    toy(tmp_path, Toy(), steps=4)
+    assert len(toy(tmp_path, Toy(), steps=6).seen) == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
+    """What a power cut in the middle of a write leaves behind."""
+    half = Toy()
+    half.losses = interrupted_at(3, half.losses, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, half, run=SAVED_OFTEN, steps=5)
+    with open(tmp_path / "losses.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')
+    toy(tmp_path, Toy(), run=SAVED_OFTEN, steps=5)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, bad: float) -> None:
+    model = Toy()
+    true = model.losses
+    model.losses = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.tensor(bad, requires_grad=True)}
+    with pytest.raises(UserError) as caught:
+        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+    assert str(caught.value).startswith(f"step 3: loss is not finite (near = {bad:g}, small = ")
+    assert str(caught.value).endswith(f"its pictures: {ONE.keys[0]}, {ONE.keys[1]}")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+
+
+# Devices and threads
+
+
+def test_a_device_that_does_not_exist() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(UserError, match=r"run\.device = 'abacus' is no device; give auto, cpu"):
+        pick_device("abacus")
+
+
+def test_threads_are_a_setting() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(RunConfig(num_threads=2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
