@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,21 +89,23 @@ def test_what_is_not_whole_is_not_seen(tmp_path: Path) -> None:
     aside.mkdir()
     save_file({"x": torch.zeros(1)}, aside / "trainable.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": 4, "format": 1}))
-    (tmp_path / "step-000006").mkdir()
+    (tmp_path / "step-000001").mkdir()  # half pruned
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
     checkpoint.save(tmp_path, 4, *some_run(1))
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000004", "a leftover does not stand in the way"
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 4 kB: what the operating system says is what a full disk says, but for its number."""
+    """No file may grow beyond 4 kB: what a write then meets is what it meets on a full disk, but for its number."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def failing_save(folder: Path) -> None:
@@ -133,9 +136,9 @@ def test_a_failing_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest
     assert_older_one_loads(tmp_path, saved)
 
 
-def test_a_full_disk_leaves_the_older_one(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
     saved = some_run(0)
     checkpoint.save(tmp_path, 2, *saved)
-    request.getfixturevalue("small_disk")
-    failing_save(tmp_path)
+    with small_disk():
+        failing_save(tmp_path)
     assert_older_one_loads(tmp_path, saved)

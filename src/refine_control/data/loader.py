@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from refine_control.data.batch import Batch
 from refine_control.data.example import Example
 from refine_control.data.images import fit_square, fit_square_mask
 from refine_control.data.masks import sample_mask
+from refine_control.data.source import check
 from refine_control.errors import DataError
 from refine_control.recipe import DataConfig, MaskConfig
 
@@ -24,6 +26,7 @@ _RESAMPLING = {3: Image.Resampling.BICUBIC, 2: Image.Resampling.NEAREST}
 class Dataset(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
+    def keys(self) -> list[str]: ...
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,12 +39,12 @@ class Pictures:
     """A data set at one resolution, `variants` versions of each picture, decoded once while they fit in memory."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, variants: int, limit: int | None = None) -> None:
-        if len(dataset) == 0:
-            raise DataError("the data set is empty")
-        self.dataset = dataset
+        self.dataset = _without_faults(dataset) if config.skip_corrupt else dataset
+        if len(self.dataset) == 0:
+            raise DataError("the data set holds no usable picture")
         self.config = config
         self.variants = variants
-        self.examples = min(len(dataset), limit or len(dataset))
+        self.examples = min(len(self.dataset), limit or len(self.dataset))
         budget = config.cache_gb * 2**30 / (3 * config.resolution**2)
         self._kept: dict[int, Example] | None = {} if len(self) <= budget else None
 
@@ -83,6 +86,31 @@ def _zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     top, left = int(rng.uniform(0, height - crop_h + 1)), int(rng.uniform(0, width - crop_w + 1))
     crop = image[top : top + crop_h, left : left + crop_w]
     return np.asarray(Image.fromarray(crop).resize((width, height), _RESAMPLING[image.ndim]))
+
+
+class Subset:
+    """Some rows of a data set."""
+
+    def __init__(self, dataset: Dataset, rows: list[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.dataset[self.rows[index]]
+
+    def keys(self) -> list[str]:
+        keys = self.dataset.keys()
+        return [keys[row] for row in self.rows]
+
+
+def _without_faults(dataset: Dataset) -> Dataset:
+    """Leaves out, and lists, the pictures that cannot be used: only where the recipe says skip_corrupt."""
+    faults = dict(check(dataset))
+    for reason in faults.values():
+        print(f"skipped: {reason}", file=sys.stderr)
+    return Subset(dataset, [row for row, key in enumerate(dataset.keys()) if key not in faults]) if faults else dataset
 
 
 class Loader:

@@ -1,6 +1,7 @@
 """A path from a recipe -> the dataset that reads it."""
 
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,8 +40,8 @@ def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_P
     return FolderDataset(folder, max_pixels)
 
 
-def check(dataset: FolderDataset | ShardDataset) -> list[tuple[str, str]]:
-    """Decode every example and return each fault as (key, reason); an empty list means that all can be read."""
+def check(dataset: Any) -> list[tuple[str, str]]:
+    """Decode every example of a data set (`keys()` and `[i]`) and return each fault as (key, reason); an empty list means that all can be read."""
     faults: list[tuple[str, str]] = []
     for index, key in enumerate(tqdm(dataset.keys(), desc="checking", unit="image", disable=None)):
         try:

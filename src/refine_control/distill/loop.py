@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -50,7 +49,8 @@ def train(
     start = checkpoint.restore(newest, trainable, ema.shadow_params, optimizer) if newest else 0
     ema.optimization_step = start
     device = parameters[0].device
-    log, seconds_before = _open_log(folder / "losses.jsonl", start)
+    log = folder / "losses.jsonl"
+    seconds_before = _trim_log(log, start)
     trainable.train()
     bar = tqdm(
         range(start, stage.steps), initial=start, total=stage.steps, desc=folder.name, unit="step", mininterval=1
@@ -78,8 +78,8 @@ def train(
             line = {"step": done, "loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
             line |= {"grad_norm": norm.item(), "lr": learning_rate(step, stage), "seconds": time.monotonic() - began}
             line |= {f"grad_norm/{name}": value for name, value in norms.items()}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if done % run.checkpoint_every == 0 or done == stage.steps:
             checkpoint.save(folder / "checkpoints", done, trainable, ema.shadow_params, optimizer)
@@ -90,7 +90,6 @@ def train(
             preview(folder / f"preview-{done:06d}.png")
             trainable.train()
             ema.restore(parameters)
-    log.close()
     ema.copy_to(parameters)
     trainable.eval()
 
@@ -130,10 +129,10 @@ def _gradient_norms(terms: Losses, parameters: list[nn.Parameter]) -> dict[str, 
     return norms
 
 
-def _open_log(path: Path, start: int) -> tuple[TextIO, float]:
-    """Keeps only the lines of steps that the checkpoint knows of. Returns the open log and the seconds spent so far."""
+def _trim_log(path: Path, start: int) -> float:
+    """Keeps only whole lines, of steps that the checkpoint knows of. Returns the seconds spent so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= start]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8"), json.loads(kept[-1])["seconds"] if kept else 0.0
+    return json.loads(kept[-1])["seconds"] if kept else 0.0

@@ -1,0 +1,150 @@
+"""A distillation as the user runs it: folders in, a stock pipeline out, whole after any interruption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+
+from refine_control import recipe as recipes
+from refine_control.diffusion.model import load
+from refine_control.distill import checkpoint
+from refine_control.distill.distil import Distiller, distil
+from refine_control.errors import ModelError, RecipeError
+from refine_control.recipe import DistilRecipe, SampleConfig
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
+    """Three steps on captioned pictures, then three with plain ones mixed in. Nothing is kept, so all is computed alike."""
+    root = tmp_path_factory.mktemp("distil")
+    tiny_model().save(root / "teacher")
+    data = {
+        "labelled": str(write_folder(root / "labelled", 5)),
+        "unlabelled": str(write_folder(root / "plain", 4, captioned=False)),
+        "cache_gb": 1e-12,
+    }
+    return DistilRecipe(
+        output_dir=str(root / "run"),
+        teacher=str(root / "teacher"),
+        data=DATA.model_copy(update=data),
+        student=STUDENT,
+        stage1=stage(3, ema_decay=0.5),
+        stage2=stage(3, ema_decay=0.5, labelled_fraction=0.5),
+        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
+        run=RUN.model_copy(update={"checkpoint_every": 1}),
+    )
+
+
+def into(recipe: DistilRecipe, folder: Path, **changes: object) -> DistilRecipe:
+    return recipe.model_copy(update={"output_dir": str(folder), **changes})
+
+
+def weights(student: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor
+        for part in ("unet", "controlnet", "vae", "text_encoder")
+        for path in (student / part).glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def differing(a: Path, b: Path) -> set[str]:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: DistilRecipe) -> Path:
+    return distil(recipe)
+
+
+def test_the_student_is_a_stock_pipeline_with_its_teachers_ears_and_eyes(finished: Path, recipe: DistilRecipe) -> None:
+    student, teacher = load(str(finished)), load(recipe.teacher)
+    assert tuple(student.denoiser.foundation.config.block_out_channels) == STUDENT.block_out_channels
+    assert not [name for name in weights(finished) if "bridge" in name or "projections" in name]
+    for ours, theirs in ((student.vae, teacher.vae), (student.text_encoder, teacher.text_encoder)):
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), key
+    assert student.scheduler["prediction_type"] == teacher.scheduler["prediction_type"]
+    drawn = student.pipeline()("a red cat", image=-torch.ones(1, 3, 16, 16), num_inference_steps=2, output_type="pt")
+    assert drawn.images.shape == (1, 3, 16, 16)
+
+
+def test_the_run_keeps_its_recipe_its_losses_and_its_previews(finished: Path, recipe: DistilRecipe) -> None:
+    folder = finished.parent
+    assert recipes.load(DistilRecipe, folder / "recipe.yaml") == recipe
+    for name in ("stage1", "stage2"):
+        assert len((folder / name / "losses.jsonl").read_text().splitlines()) == 3
+        assert (folder / name / "preview-000003.png").is_file()
+    assert not list(folder.glob(".*.part"))
+
+
+def test_both_stages_move_the_student(finished: Path, recipe: DistilRecipe) -> None:
+    first, _ = Distiller(recipe.teacher, recipe.data, recipe.run).fresh_student(recipe)
+    start = first.state_dict()["foundation.conv_out.weight"]
+    after = {}
+    for name in ("stage1", "stage2"):
+        (path,) = (finished.parent / name / "checkpoints").iterdir()
+        after[name] = load_file(path / "trainable.safetensors")["student.foundation.conv_out.weight"]
+    assert not torch.equal(start, after["stage1"])
+    assert not torch.equal(after["stage1"], after["stage2"])
+
+
+@pytest.mark.parametrize("where", ["stage1", "stage2"])
+def test_interrupted_in_either_stage_and_run_again_equals_uninterrupted(
+    finished: Path, recipe: DistilRecipe, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = checkpoint.save
+
+    def save_then_stop(folder: Path, step: int, *rest: object) -> None:
+        true(folder, step, *rest)
+        if (folder.parent.name, step) == (where, 2):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            distil(into(recipe, tmp_path))
+    assert not (tmp_path / "student").exists()
+    assert differing(distil(into(recipe, tmp_path)), finished) == set()
+
+
+def test_run_again_changes_nothing(finished: Path, recipe: DistilRecipe, tmp_path: Path) -> None:
+    before = weights(finished)
+    distil(recipe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished).items())
+
+
+def test_seed_and_start_decide_the_student(finished: Path, recipe: DistilRecipe, tmp_path: Path) -> None:
+    other_seed = distil(into(recipe, tmp_path / "seed", seed=1))
+    other_start = distil(into(recipe, tmp_path / "start", init="random"))
+    for other in (other_seed, other_start):
+        assert "unet.conv_out.weight" in differing(finished, other)
+        assert not {name for name in differing(finished, other) if name.startswith(("vae.", "text_encoder."))}
+
+
+def test_the_recipes_random_state_is_its_own(recipe: DistilRecipe) -> None:
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    torch.manual_seed(1)
+    student, bridges = distiller.fresh_student(recipe)
+    torch.manual_seed(2)
+    again, bridges_again = distiller.fresh_student(recipe)
+    for one, other in ((student, again), (bridges, bridges_again)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_an_alignment_of_ones_own(recipe: DistilRecipe) -> None:
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    mapping = {"foundation.up_blocks.1": "foundation.up_blocks.0"}
+    assert distiller.fresh_student(recipe.model_copy(update={"alignment": mapping}))[1].mapping == mapping
+    with pytest.raises(RecipeError, match="the teacher has no point 'foundation.nose'"):
+        distiller.fresh_student(recipe.model_copy(update={"alignment": {"module.mid_block": "foundation.nose"}}))
+
+
+def test_another_resolution_than_the_teachers(recipe: DistilRecipe) -> None:
+    data = recipe.data.model_copy(update={"resolution": 32})
+    with pytest.raises(ModelError, match=r"data\.resolution is 32 but teacher .* works at 16; set data\.resolution 16"):
+        Distiller(recipe.teacher, data, recipe.run)

@@ -1,0 +1,88 @@
+"""The teacher's own training, end to end on a few pictures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
+
+from refine_control.diffusion.model import load
+from refine_control.distill.teacher import autoencoder_losses, open_pictures, teacher_losses, train_teacher
+from refine_control.recipe import SampleConfig, TeacherRecipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> TeacherRecipe:
+    root = tmp_path_factory.mktemp("teacher")
+    return TeacherRecipe(
+        output_dir=str(root / "run"),
+        data=DATA.model_copy(update={"labelled": str(write_folder(root / "labelled", 6))}),
+        autoencoder=AUTOENCODER,
+        text=TEXT,
+        denoiser=TEACHER,
+        autoencoder_stage=stage(3, (1, 0, 0), ema_decay=0.5),
+        denoiser_stage=stage(3, (1, 0, 0), ema_decay=0.5),
+        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
+        run=RUN,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: TeacherRecipe) -> Path:
+    return train_teacher(recipe)
+
+
+def test_it_is_saved_in_half_and_loads(folder: Path, recipe: TeacherRecipe) -> None:
+    model = load(str(folder))
+    assert model.resolution == 16
+    assert tuple(model.denoiser.foundation.config.block_out_channels) == TEACHER.block_out_channels
+    assert model.tokenizer.model_max_length == TEXT.max_length
+    assert model.scheduler["prediction_type"] == recipe.noise.prediction_type
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    parameters = sum(p.numel() for n in (model.denoiser, model.vae, model.text_encoder) for p in n.parameters())
+    assert weights < 2.5 * parameters
+
+
+def test_latents_have_about_unit_variance(folder: Path, recipe: TeacherRecipe) -> None:
+    model = load(str(folder))
+    pictures, _ = open_pictures(recipe.data)
+    images = torch.stack([torch.from_numpy(pictures[i].image).permute(2, 0, 1) / 127.5 - 1 for i in range(6)])
+    with torch.no_grad():
+        assert 0.7 < model.encode(images).std() < 1.4
+    assert model.vae.config.scaling_factor != 0.18215, "not the default of diffusers"
+
+
+def test_going_on_from_a_model_leaves_its_autoencoder(folder: Path, recipe: TeacherRecipe, tmp_path: Path) -> None:
+    """And moves everything else: foundation, module and text encoder."""
+    further = recipe.model_copy(update={"output_dir": str(tmp_path), "init_from": str(folder)})
+    before, after = load(str(folder)), load(str(train_teacher(further)))
+    assert not (tmp_path / "autoencoder").exists()
+    for key, value in before.vae.state_dict().items():
+        assert torch.equal(after.vae.state_dict()[key], value), key
+    for ours, theirs in (
+        (after.denoiser.foundation.conv_out.weight, before.denoiser.foundation.conv_out.weight),
+        (after.denoiser.module.controlnet_mid_block.weight, before.denoiser.module.controlnet_mid_block.weight),
+        (next(after.text_encoder.parameters()), next(before.text_encoder.parameters())),
+    ):
+        assert not torch.equal(ours, theirs)
+
+
+def test_the_task_reaches_denoiser_and_text_encoder_and_spares_the_autoencoder() -> None:
+    model = tiny_model()
+    model.vae.requires_grad_(False)
+    terms = teacher_losses(model, stage(caption_dropout=0), cache_gb=0.1)(batch(4, 0.5))
+    assert list(terms) == ["task"]
+    terms["task"].backward()
+    for network in (model.denoiser, model.text_encoder):
+        assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [p for p in model.vae.parameters() if p.grad is not None] == []
+
+
+def test_every_weight_of_the_autoencoder_learns_and_its_losses_are_repeatable() -> None:
+    vae = tiny_model().vae
+    losses = autoencoder_losses(vae)
+    terms = losses(batch())
+    torch.stack(list(terms.values())).sum().backward()
+    assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
+    torch.manual_seed(5)
+    assert losses(batch()) == terms

@@ -1,0 +1,212 @@
+"""The commands as a user types them, on tiny models and folders; mistakes end in one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tiny
+from refine_control.cli import main
+
+TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task": 1, "output": 1, "feature": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny teacher, captioned and plain pictures, and a recipe that uses them."""
+    root = tmp_path_factory.mktemp("work")
+    tiny.tiny_model().save(root / "teacher")
+    tiny.write_folder(root / "captioned", 6)
+    tiny.write_folder(root / "plain", 5, captioned=False)
+    recipe = {
+        "output_dir": str(root / "out"),
+        "teacher": str(root / "teacher"),
+        "data": {
+            "labelled": str(root / "captioned"),
+            "unlabelled": str(root / "plain"),
+            "resolution": tiny.SIDE,
+            "cache_gb": 0.1,
+        },
+        "student": tiny.STUDENT.model_dump(mode="json"),
+        "stage1": TINY_STAGE,
+        "stage2": TINY_STAGE | {"labelled_fraction": 0.5},
+        "sample": {"num_inference_steps": 2},
+        "evaluate": {"images": 4},
+        "run": {"device": "cpu", "num_threads": 1},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return root
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must end with exit code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("refine-control:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_distilled_student_loads_in_stock_diffusers(workplace: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionControlNetPipeline
+
+    assert main(["distill", str(workplace / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "run/student", use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.config.block_out_channels == list(tiny.STUDENT.block_out_channels)
+    assert not any("bridge" in name for name, _ in pipeline.unet.named_parameters())
+    picture = pipeline(
+        "a red cat", image=torch.zeros(1, 3, tiny.SIDE, tiny.SIDE), num_inference_steps=2, output_type="np"
+    ).images
+    assert picture.shape == (1, tiny.SIDE, tiny.SIDE, 3)
+
+
+def test_compare_scores_every_row_and_runs_again_from_what_is_there(workplace: Path, tmp_path: Path) -> None:
+    argv = ["compare", str(workplace / "recipe.yaml"), "--rows", "scratch,refine-control", "--seeds", "0,1"]
+    argv += ["--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for row in ("teacher", "scratch", "refine-control"):
+        metrics = {name.split("[")[0] for name in scores[row]}
+        assert {"psnr", "ssim", "lpips", "fid", "cmmd", "params", "macs", "latency_ms"} <= metrics
+        assert set(scores[row]["psnr"]) == {"whole", "hole"}
+    assert scores["scratch"]["params"] < scores["teacher"]["params"]
+    assert scores["extractor"]["n"] == 4
+    assert scores["spread"]["scratch"]["labelled"]["psnr"]["hole"] > 0
+    assert "<html" in (tmp_path / "report.html").read_text()
+    weights = tmp_path / "refine-control/seed-1/student/unet/diffusion_pytorch_model.safetensors"
+    before = (weights.stat().st_mtime_ns, scores["refine-control"]["psnr"])
+    assert main(argv) == 0
+    again = json.loads((tmp_path / "scores.json").read_text())
+    assert (weights.stat().st_mtime_ns, again["refine-control"]["psnr"]) == before
+
+
+def test_evaluate_ranks_models_and_baselines_alike(workplace: Path, tmp_path: Path) -> None:
+    argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml"), "--baselines"]
+    assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {"mean_fill", "telea", "navier_stokes", "biharmonic"} <= set(scores)
+    assert set(scores[str(workplace / "teacher")]["caption_losses"]) == {"right", "empty", "shuffled"}
+
+
+def test_generate_fills_the_hole_and_keeps_the_rest(workplace: Path, tmp_path: Path) -> None:
+    picture = np.full((tiny.SIDE, tiny.SIDE, 3), 200, np.uint8)
+    mask = np.zeros((tiny.SIDE, tiny.SIDE), np.uint8)
+    mask[4:10, 4:10] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = ["generate", "--model", str(workplace / "teacher"), "--image", str(tmp_path / "picture.png")]
+    argv += ["--mask", str(tmp_path / "mask.png"), "--num_inference_steps", "2", "--out", str(tmp_path / "filled.png")]
+    assert main(argv) == 0
+    filled = np.asarray(Image.open(tmp_path / "filled.png"))
+    assert (filled[mask == 0] == 200).all()
+    assert (filled[mask > 0] != 200).any()
+
+
+def test_data_prepare_then_check(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    assert main(["data", "prepare", str(workplace / "captioned"), "--out", str(out), "--resolution", "16"]) == 0
+    assert main(["data", "check", str(out)]) == 0
+    assert "6 pictures, 6 with captions, 0 cannot be used" in capsys.readouterr().out
+
+
+def test_corrupt_pictures_are_listed_and_skipped_only_on_request(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.write_folder(tmp_path / "pictures", 6)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    assert "1 of 6 pictures cannot be used" in refused(capsys, "data", "check", str(folder))
+    argv = ("distill", str(workplace / "recipe.yaml"), "--data.labelled", str(folder), "--stage1.steps", "4")
+    assert "3.png" in refused(capsys, *argv, "--output_dir", str(tmp_path / "strict"))
+    assert main([*argv, "--output_dir", str(tmp_path / "lenient"), "--data.skip_corrupt", "true"]) == 0
+    assert "skipped:" in capsys.readouterr().err
+
+
+def test_plan_names_the_cost_before_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["student", "plan", str(workplace / "recipe.yaml")]) == 0
+    assert "fewer parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("distill", "RECIPE", "--stage1.stepz", "3"), ("stage1.stepz", "steps")),
+        (("distill", "RECIPE", "--stage1.steps", "many"), ("stage1.steps", "many")),
+        (("distill", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("distill", "RECIPE", "--teacher", "zoo:none"), ("zoo:none",)),
+        (("distill", "RECIPE", "--data.labelled", "/no/such/folder"), ("/no/such/folder",)),
+        (("distill", "RECIPE", "--data.resolution", "64"), ("64", "16")),
+        (("distill", "RECIPE", "--data.unlabelled", "null"), ("data.unlabelled",)),
+        (("distill", "RECIPE", "--alignment", "{foundation.nowhere: foundation.mid_block}"), ("foundation.nowhere",)),
+        (("compare", "RECIPE", "--rows", "magic"), ("magic", "scratch")),
+        (("compare", "RECIPE", "--seeds", "one"), ("one", "0,1,2")),
+        (("distill", "RECIPE", "--run.device", "abacus"), ("abacus", "cpu")),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_value_and_mend(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    out = ("--output_dir", str(tmp_path / "out"))
+    line = refused(capsys, *(str(workplace / "recipe.yaml") if word == "RECIPE" else word for word in argv), *out)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out" / "student").exists()
+
+
+def test_mask_of_another_size_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (20, 16)).save(tmp_path / "picture.png")
+    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
+    files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
+    line = refused(capsys, "generate", "--model", str(workplace / "teacher"), *files, "--out", str(tmp_path / "o.png"))
+    assert "16x16" in line
+    assert "20x16" in line
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_a_full_disk_ends_in_one_line(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device", "checkpoint")
+
+    monkeypatch.setattr("refine_control.distill.checkpoint.save_file", full)
+    line = refused(capsys, "distill", str(workplace / "recipe.yaml"), "--output_dir", str(tmp_path))
+    assert "No space left" in line
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_a_run_of_another_recipe_is_not_overwritten(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("compare", str(workplace / "recipe.yaml"), "--rows", "scratch", "--seeds", "0", "--output_dir", str(tmp_path))
+    assert main(argv) == 0
+    assert "another recipe" in refused(capsys, *argv, "--stage1.learning_rate", "0.5")
+
+
+def test_teacher_is_trained_by_the_same_loop(workplace: Path, tmp_path: Path) -> None:
+    from refine_control.diffusion.model import load
+
+    stage = {"steps": 2, "batch_size": 4, "weights": {"task": 1}}
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "data": yaml.safe_load((workplace / "recipe.yaml").read_text())["data"],
+        "autoencoder": tiny.AUTOENCODER.model_dump(mode="json"),
+        "text": tiny.TEXT.model_dump(mode="json"),
+        "denoiser": tiny.TEACHER.model_dump(mode="json"),
+        "autoencoder_stage": stage | {"labelled_fraction": 0.5},
+        "denoiser_stage": stage | {"labelled_fraction": 0.5},
+        "run": {"device": "cpu", "num_threads": 1},
+    }
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main(["train-teacher", str(tmp_path / "teacher.yaml")]) == 0
+    model = load(str(tmp_path / "run/model"))
+    assert model.resolution == tiny.SIDE
+    assert model.vae.config.scaling_factor != pytest.approx(0.18215)
