@@ -77,7 +77,7 @@ def test_compare_scores_every_row_and_runs_again_from_what_is_there(workplace: P
         assert {"psnr", "ssim", "lpips", "fid", "cmmd", "params", "macs", "latency_ms"} <= metrics
         assert set(scores[row]["psnr"]) == {"whole", "hole"}
     assert scores["scratch"]["params"] < scores["teacher"]["params"]
-    assert scores["extractor"]["n"] == 4
+    assert scores["extractor"][0]["n"] == 4
     assert scores["spread"]["scratch"]["labelled"]["psnr"]["hole"] > 0
     assert "<html" in (tmp_path / "report.html").read_text()
     weights = tmp_path / "refine-control/seed-1/student/unet/diffusion_pytorch_model.safetensors"
@@ -159,9 +159,7 @@ def test_mistakes_end_in_one_line_that_names_value_and_mend(
     assert not (tmp_path / "out" / "student").exists()
 
 
-def test_mask_of_another_size_is_refused(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mask_of_another_size_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (20, 16)).save(tmp_path / "picture.png")
     Image.new("L", (16, 16)).save(tmp_path / "mask.png")
     files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
@@ -186,7 +184,16 @@ def test_a_full_disk_ends_in_one_line(
 def test_a_run_of_another_recipe_is_not_overwritten(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("compare", str(workplace / "recipe.yaml"), "--rows", "scratch", "--seeds", "0", "--output_dir", str(tmp_path))
+    argv = (
+        "compare",
+        str(workplace / "recipe.yaml"),
+        "--rows",
+        "scratch",
+        "--seeds",
+        "0",
+        "--output_dir",
+        str(tmp_path),
+    )
     assert main(argv) == 0
     assert "another recipe" in refused(capsys, *argv, "--stage1.learning_rate", "0.5")
 

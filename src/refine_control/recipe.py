@@ -141,6 +141,8 @@ class EvaluateConfig(Config):
     split: str = "test"
     images: PositiveInt = 192
     seed: int = 1234  # of the masks
+    # Weights of the standard backbones, for the plain names lpips, fid and cmmd beside the offline ones.
+    standard: dict[Literal["inception", "clip", "lpips-alex", "lpips-vgg"], str] = {}
 
 
 class TeacherRecipe(Config):
@@ -198,7 +200,7 @@ def load(kind: type[R], path: str | Path, overrides: dict[str, str] | None = Non
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
     for key, text in (overrides or {}).items():
-        _override(tree, key, yaml.safe_load(text))
+        _override(tree, key, text)
     return validate(kind, tree, str(path))
 
 
@@ -220,7 +222,11 @@ def save(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--{dotted}: cannot read '{text}'; put text with ':' or brackets in quotes") from None
     *parents, leaf = dotted.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})

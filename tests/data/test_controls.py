@@ -1,8 +1,20 @@
-"""The inpainting control, pixel by pixel."""
+"""The inpainting control, pixel by pixel, and that it is what diffusers' ControlNets are given."""
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from refine_control.data.controls import inpaint_control
+
+
+def some(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures in [-1, 1] and masks of {0, 1}."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1,
+        (torch.rand(2, 1, 8, 8, generator=generator) > 0.5).float(),
+    )
 
 
 def test_known_pixels_go_to_0_1_and_holes_to_minus_1() -> None:
@@ -13,10 +25,8 @@ def test_known_pixels_go_to_0_1_and_holes_to_minus_1() -> None:
 
 
 def test_holes_say_nothing_of_what_was_there_and_the_input_is_kept() -> None:
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
-    mask = (torch.rand(2, 1, 8, 8, generator=generator) > 0.5).float()
-    other = torch.where(mask > 0.5, torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, image)
+    image, mask = some(0)
+    other = torch.where(mask > 0.5, some(1)[0], image)
     before = image.clone()
     control = inpaint_control(image, mask)
     assert torch.equal(control, inpaint_control(other, mask))
@@ -24,4 +34,30 @@ def test_holes_say_nothing_of_what_was_there_and_the_input_is_kept() -> None:
     holes = mask.expand_as(image) > 0.5
     assert (control[holes] == -1).all()
     assert (control[~holes] >= 0).all()
+    assert (control[~holes] <= 1).all()
     assert control.dtype == image.dtype
+
+
+def test_it_is_the_condition_of_diffusers_own_example() -> None:
+    """As https://huggingface.co/diffusers/tools run_control_inpaint.py makes it of a picture and a mask of bytes."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    grey = rng.choice(np.array([0, 255], np.uint8), (16, 16))
+    theirs = picture.astype(np.float32) / 255
+    theirs[grey.astype(np.float32) / 255 > 0.5] = -1.0
+
+    # The picture and the mask go through the processors of StableDiffusionControlNetInpaintPipeline.
+    image = VaeImageProcessor(vae_scale_factor=8).preprocess(Image.fromarray(picture))
+    binary = VaeImageProcessor(
+        vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+    ).preprocess(Image.fromarray(grey))
+    ours = inpaint_control(image, binary)
+    torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(2, 0, 1)[None], rtol=0, atol=1e-6)
+    assert torch.equal(ours == -1, binary.bool().expand_as(ours)), "holes are exactly -1"
+
+
+def test_diffusers_hands_it_on_as_it_is() -> None:
+    """Its control processor neither normalises nor clips a tensor, so the network sees -1 in the holes."""
+    control = inpaint_control(*some(2))
+    processor = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)
+    assert torch.equal(processor.preprocess(control, height=8, width=8), control)

@@ -70,6 +70,10 @@ def test_plain_folder_is_recursive_sorted_and_ignores_case_and_hidden_files(tmp_
         ({"file_name": 3}, "line 2: file_name is 3"),
         ({"file_name": ""}, "line 2: file_name is ''"),
         ({"file_name": "a\0.png"}, "line 2: file_name is"),
+        ({"file_name": "a" * 5000}, "no such file"),
+        ({"file_name": "a/" * 5000}, "no such file"),
+        ('{"file_name": "\\ud800.png"}', r"line 2: file_name is '\\ud800\.png'"),
+        ('{"file_name": "b.png", "text": "\\ud83d alone"}', "line 2: text .* half of a surrogate pair"),
         ({"file_name": "../a.png"}, r"'\.\./a\.png' leaves the folder"),
         ({"file_name": "x/../../a.png"}, "leaves the folder"),
         ({"file_name": "/etc/a.png"}, "leaves the folder"),
@@ -131,6 +135,12 @@ def test_missing_empty_and_csv_folders(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata.csv")
     with pytest.raises(DataError, match=r"only metadata\.jsonl is read"):
         FolderDataset(tmp_path)
+
+
+def test_escaped_emoji_is_a_caption(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    describe(tmp_path, r'{"file_name": "a.png", "text": "a \ud83d\ude00"}')
+    assert FolderDataset(tmp_path).text(0) == "a \N{GRINNING FACE}"
 
 
 @pytest.mark.parametrize("key", ["mask_file_name", "conditioning_image_file_name"])

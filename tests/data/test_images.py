@@ -2,7 +2,11 @@
 
 import io
 import struct
+import time
+import tracemalloc
+import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +73,35 @@ def test_palette_transparency_and_cmyk() -> None:
     palette.putpalette([10, 20, 30, 200, 0, 0])
     assert np.array_equal(read_image(saved(palette))[0, 0], (10, 20, 30))
     assert np.array_equal(read_image(saved(palette, transparency=0))[0, 0], (255, 255, 255))
+    halves = read_image(saved(palette, transparency=bytes([51, 255])))[0, 0].tolist()  # a fifth of it on white
+    assert halves == [206, 208, 210]
     cmyk = read_image(saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG"))[4, 4].astype(int)
     assert np.abs(cmyk - (0, 255, 255)).max() < 6
 
 
-def test_exif_turns_the_picture() -> None:
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda image: image),
+        (2, np.fliplr),
+        (3, lambda image: np.rot90(image, 2)),
+        (5, lambda image: image.transpose(1, 0, 2)),
+        (6, lambda image: np.rot90(image, -1)),
+        (8, np.rot90),
+    ],
+)
+def test_exif_turns_the_picture(orientation: int, turned: Callable[[np.ndarray], np.ndarray]) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown a quarter turned clockwise
+    exif[0x0112] = orientation
     image = noise(4, 6)
-    assert np.array_equal(read_image(saved(Image.fromarray(image), exif=exif)), np.rot90(image, -1))
+    assert np.array_equal(read_image(saved(Image.fromarray(image), exif=exif)), turned(image))
 
 
-def test_first_frame_of_an_animation() -> None:
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(kind: str) -> None:
     frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
     assert np.array_equal(read_image(data)[0, 0], (255, 0, 0))
 
 
@@ -90,6 +109,47 @@ def test_first_frame_of_an_animation() -> None:
 def test_size_is_refused_before_decoding(size: tuple[int, int]) -> None:
     with pytest.raises(DataError, match=r"big\.png: .*pixels.*remove it"):
         read_image(png_header(*size), max_pixels=1000, name="big.png")
+
+
+def gif_of_one_large_frame(width: int, height: int) -> bytes:
+    """A GIF that calls itself 1x1 and whose frame is larger: PIL looks at sizes twice."""
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes([255, 0, 0, 0, 255, 0]) + frame
+
+
+@pytest.mark.parametrize(
+    "data", [png_header(10_000, 10_524), gif_of_one_large_frame(10_000, 10_524)], ids=["png", "gif"]
+)
+def test_the_limit_is_ours_and_pil_does_not_warn_of_its_own(data: bytes) -> None:
+    """105 million pixels: PIL warns from 89 million on."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(DataError, match="10000x10524 is more than 64000000 pixels"):
+            read_image(data)
+    assert seen == []
+
+
+def test_what_pil_would_warn_of_is_read_where_the_limit_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    data = saved(Image.new("RGB", (10, 10)))
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(data))
+    assert read_image(data).shape == (10, 10, 3)
+
+
+def test_huge_header_costs_neither_time_nor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = png_header(30_000, 30_000)
+    for pil_limit in (Image.MAX_IMAGE_PIXELS, None):  # None: only our own limit stands before 2.7 GB
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pil_limit)
+        monkeypatch.setattr(Image.core, "new", None)  # whoever makes room for the pixels fails
+        start = time.process_time()
+        tracemalloc.start()
+        with pytest.raises(DataError, match=r"900000000 pixels|30000x30000 is more than 64000000 pixels"):
+            read_image(data)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1_000_000
+        assert time.process_time() - start < 1
 
 
 def test_size_at_the_limit_is_read() -> None:
@@ -103,6 +163,8 @@ def test_size_at_the_limit_is_read() -> None:
         (b"hello", "not a PNG"),
         (saved(Image.fromarray(noise(40, 40)))[:-900], "cannot be decoded"),
         (saved(Image.fromarray(noise(40, 40)), "JPEG")[:-300], "cannot be decoded"),
+        *((saved(Image.fromarray(noise(40, 40)), kind)[:1500], "cannot be decoded") for kind in ("GIF", "BMP", "TIFF")),
+        (encode_webp(noise(40, 40))[:1500], "cannot be decoded"),
         (saved(Image.new("F", (2, 2), 0.5), "TIFF"), "floats"),
     ],
 )
@@ -116,7 +178,7 @@ def test_broken_files_are_named_in_one_line(tmp_path: Path, data: bytes, message
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.png", tmp_path):
+    for path in (tmp_path / "absent.png", tmp_path, tmp_path / ("a" * 5000)):
         with pytest.raises(DataError, match="cannot be read"):
             read_image(path)
 
@@ -124,6 +186,20 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_other_formats_are_refused() -> None:
     with pytest.raises(DataError, match="not a PNG"):
         read_image(saved(Image.new("RGB", (4, 4)), "EPS"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), 1),
+        (Image.new("RGB", (2, 2), (255, 255, 255)), 1),
+        (Image.new("RGB", (2, 2), (0, 0, 255)), 0),  # blue is dark
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), 1),  # over white, as every picture
+        (Image.fromarray(np.full((2, 2), 65535, np.uint16)), 1),
+    ],
+)
+def test_mask_of_any_mode(mask: Image.Image, expected: int) -> None:
+    assert read_mask(saved(mask)).tolist() == [[expected] * 2] * 2
 
 
 def test_mask_threshold_is_above_127() -> None:

@@ -51,12 +51,14 @@ def test_thick_strokes_are_wider_than_thin_ones() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_area_does_not_depend_on_the_resolution(kind: str) -> None:
-    def area(side: int) -> float:
-        rng = np.random.default_rng(3)
-        return float(np.mean([draw_mask(kind, (side, side), rng).mean() for _ in range(150)]))
+    def areas(side: int) -> np.ndarray:
+        return np.array([draw_mask(kind, (side, side), np.random.default_rng(seed)).mean() for seed in range(300)])
 
-    # The least stroke is 1 px, so that thin strokes weigh somewhat more in a small picture.
-    assert abs(area(64) - area(256)) < 0.09
+    large = areas(256)
+    for side in (32, 64):  # a mean of 300 has a standard error of about 0.008
+        small = areas(side)
+        assert abs(small.mean() - large.mean()) < 0.03
+        assert abs(small.std() - large.std()) < 0.03
 
 
 def test_one_seed_one_mask() -> None:
@@ -65,6 +67,17 @@ def test_one_seed_one_mask() -> None:
     for seed, mask in enumerate(masks):
         assert np.array_equal(mask, sample_mask(weights, (32, 32), seed))
     assert len({mask.tobytes() for mask in masks}) == 20
+
+
+def test_a_mask_neither_sees_nor_moves_the_global_generators() -> None:
+    weights = {"thin": 1.0, "thick": 1.0}
+    np.random.seed(0)
+    first, state = sample_mask(weights, (32, 32), 5), np.random.get_state()[1].copy()
+    np.random.seed(1)
+    assert np.array_equal(first, sample_mask(weights, (32, 32), 5))
+    np.random.seed(0)
+    sample_mask(weights, (32, 32), 6)
+    assert np.array_equal(np.random.get_state()[1], state)
 
 
 def test_weights_are_renormalised_and_choose_the_kind() -> None:

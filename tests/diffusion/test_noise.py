@@ -99,12 +99,14 @@ class Oracle:
         self.schedule, self.x0 = schedule, x0
         self.foundation = SimpleNamespace(config=SimpleNamespace(in_channels=x0.shape[1]))
         self.noise: list[Tensor] = []
+        self.times: list[int] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, text: Tensor, control: Tensor) -> Tensor:
         x0 = self.x0.repeat(len(x_t) // len(self.x0), 1, 1, 1)
         alpha, sigma = self.schedule.at(t, x_t)
         eps = (x_t - alpha * x0) / sigma
         self.noise.append(eps[: len(self.x0)])
+        self.times.append(int(t[0]))
         return self.schedule.target(x0, eps, t)
 
 
@@ -128,7 +130,8 @@ def test_a_perfect_prediction_brings_the_latents_back(
     with torch.no_grad():
         latents = _denoise(model, control, b.captions, config, [0, 1, 2])
     torch.testing.assert_close(latents, x0, rtol=0, atol=2e-5)
-    assert len(oracle.noise) == steps
+    assert len(oracle.times) == steps
+    assert oracle.times[0] == 999, "pure noise is where sampling begins"
     for eps in oracle.noise[1:]:
         torch.testing.assert_close(eps, oracle.noise[0], rtol=0, atol=1e-3)
     torch.testing.assert_close(

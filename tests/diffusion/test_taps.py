@@ -74,12 +74,23 @@ def test_no_hook_is_left() -> None:
     with Taps(denoiser, block_points(denoiser)):
         assert hooks(denoiser) == len(block_points(denoiser)) == 8
     assert hooks(denoiser) == 0
-    taps = Taps(denoiser, ["module.mid_block"])
+    Taps(denoiser, ["module.mid_block"])
     assert hooks(denoiser) == 0, "nothing hangs on before `with`"
-    with pytest.raises(KeyboardInterrupt), taps:
-        assert hooks(denoiser) == 1
-        raise KeyboardInterrupt
-    assert hooks(denoiser) == 0
+
+
+def test_no_hook_is_left_by_a_forward_that_fails() -> None:
+    network = Chain()
+
+    def fail(taps: Taps) -> None:
+        with taps:
+            assert hooks(network) == 2
+            network(torch.zeros(1, 7))  # the linear layer takes one column
+
+    taps = Taps(network, ["twice", "plus"])
+    with pytest.raises(RuntimeError):
+        fail(taps)
+    assert list(taps.features) == ["twice"]
+    assert hooks(network) == 0
 
 
 def test_an_unknown_point_is_named_beside_the_known() -> None:

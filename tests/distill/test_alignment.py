@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import STUDENT, plan, tiny_denoiser, tiny_model
 from torch import nn
 
 from refine_control.diffusion.model import Model
@@ -11,6 +10,7 @@ from refine_control.distill.alignment import Bridges, automatic_map, check_map
 from refine_control.errors import RecipeError
 from refine_control.recipe import DenoiserPlan
 from refine_control.student.plan import probe
+from tiny import STUDENT, plan, tiny_denoiser, tiny_model
 
 TEACHER = {
     "module.down_blocks.0": (32, 16, 16),
@@ -72,7 +72,7 @@ def test_a_point_without_counterpart_is_left_out() -> None:
 
 def test_parts_and_sides_never_mix() -> None:
     """Shapes that would fit better elsewhere do not tempt."""
-    student = {point: (8, 64, 64) for point in TEACHER}
+    student = dict.fromkeys(TEACHER, (8, 64, 64))
     for ours, theirs in automatic_map(student, TEACHER).items():
         assert ours.split(".")[:2] == theirs.split(".")[:2]
 
@@ -93,7 +93,11 @@ def test_maps_that_cannot_be(mapping: dict[str, str], message: str) -> None:
 
 
 def test_bridges_bring_channels_and_resolution() -> None:
-    student = {"foundation.down_blocks.0": (8, 16, 16), "foundation.mid_block": (16, 4, 4), "module.mid_block": (5, 9, 9)}
+    student = {
+        "foundation.down_blocks.0": (8, 16, 16),
+        "foundation.mid_block": (16, 4, 4),
+        "module.mid_block": (5, 9, 9),
+    }
     mapping = automatic_map(student, TEACHER)
     bridges = Bridges(mapping, student, TEACHER)
     features = {point: torch.randn(2, *shape) for point, shape in student.items()}
@@ -114,15 +118,16 @@ def test_a_bridge_at_equal_resolution_is_its_projection() -> None:
     torch.testing.assert_close(bridges({point: feature})[point], feature + 1)
 
 
-def test_downsampling_averages() -> None:
-    """Antialiased, so that every student pixel counts: a chequerboard becomes grey."""
+def test_downsampling_leaves_out_no_student_pixel() -> None:
+    """Antialiased: plain bilinear interpolation from 8x8 to 2x2 would look at 16 of the 64 pixels."""
     point = "module.mid_block"
     bridges = Bridges({point: point}, {point: (1, 8, 8)}, {point: (1, 2, 2)})
     (projection,) = bridges.projections.values()
     nn.init.ones_(projection.weight)
-    nn.init.zeros_(projection.bias)
-    chequers = ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float()[None, None]
-    torch.testing.assert_close(bridges({point: chequers})[point], torch.full((1, 1, 2, 2), 0.5), rtol=0, atol=0.01)
+    feature = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    bridges({point: feature})[point].sum().backward()
+    assert (feature.grad > 0).all()
+    torch.testing.assert_close(feature.grad.sum(), torch.tensor(4.0))
 
 
 def test_targets_are_the_teachers_own_tensors() -> None:

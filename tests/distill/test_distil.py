@@ -5,19 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
 
 from refine_control import recipe as recipes
+from refine_control.data.loader import Loader
 from refine_control.diffusion.model import load
 from refine_control.distill import checkpoint
 from refine_control.distill.distil import Distiller, distil
 from refine_control.errors import ModelError, RecipeError
 from refine_control.recipe import DistilRecipe, SampleConfig
+from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
-    """Three steps on captioned pictures, then three with plain ones mixed in. Nothing is kept, so all is computed alike."""
+    """Three steps on captioned pictures, three with plain ones mixed in; no latents are kept: all runs compute alike."""
     root = tmp_path_factory.mktemp("distil")
     tiny_model().save(root / "teacher")
     data = {
@@ -136,11 +137,28 @@ def test_the_recipes_random_state_is_its_own(recipe: DistilRecipe) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_each_stage_and_each_seed_sees_its_own_batches(
+    recipe: DistilRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    class Noted(Loader):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            seeds.append(self.seed)
+
+    monkeypatch.setattr("refine_control.distill.distil.Loader", Noted)
+    short = {"stage1": stage(1), "stage2": stage(1)}
+    for seed in (0, 1):
+        distil(into(recipe, tmp_path / str(seed), seed=seed, **short))
+    assert len(set(seeds)) == 4
+
+
 def test_an_alignment_of_ones_own(recipe: DistilRecipe) -> None:
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
     mapping = {"foundation.up_blocks.1": "foundation.up_blocks.0"}
     assert distiller.fresh_student(recipe.model_copy(update={"alignment": mapping}))[1].mapping == mapping
-    with pytest.raises(RecipeError, match="the teacher has no point 'foundation.nose'"):
+    with pytest.raises(RecipeError, match=r"the teacher has no point 'foundation\.nose'"):
         distiller.fresh_student(recipe.model_copy(update={"alignment": {"module.mid_block": "foundation.nose"}}))
 
 

@@ -3,12 +3,12 @@
 from dataclasses import fields, replace
 
 import torch
-from tiny import batch
 from torch import Tensor
 
 from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
 from refine_control.distill.draw import Draw, draw
 from refine_control.recipe import NoiseConfig
+from tiny import batch
 
 SCHEDULE = NoiseSchedule.from_config(scheduler_config(NoiseConfig()))
 

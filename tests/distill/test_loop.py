@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
 from torch import Tensor, nn
 
 from refine_control.data.batch import Batch
@@ -21,6 +21,7 @@ from refine_control.distill.stages import distillation_losses
 from refine_control.errors import UserError
 from refine_control.recipe import RunConfig
 from refine_control.student.plan import probe
+from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
 
 ONE = batch(2)
 SAVED_OFTEN = RUN.model_copy(update={"checkpoint_every": 2})
@@ -45,7 +46,9 @@ def numbered(step: int) -> Batch:
     return replace(ONE, seed=step)
 
 
-def toy(folder: Path, model: Toy, weights: tuple[float, float] = (1, 0.1), run: RunConfig = RUN, **changes: object) -> Toy:
+def toy(
+    folder: Path, model: Toy, weights: tuple[float, float] = (1, 0.1), run: RunConfig = RUN, **changes: object
+) -> Toy:
     config = stage(**{"learning_rate": 0.1, **changes})
     train(folder, model.losses, dict(zip(("near", "small"), weights, strict=True)), numbered, model, config, run)
     return model
@@ -64,7 +67,9 @@ def no_seconds(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def interrupted_at(step: int, losses: Callable[[Batch], Losses], error: type[BaseException]) -> Callable[[Batch], Losses]:
+def interrupted_at(
+    step: int, losses: Callable[[Batch], Losses], error: type[BaseException]
+) -> Callable[[Batch], Losses]:
     calls = iter(range(10**6))
 
     def wrapped(batch: Batch) -> Losses:
@@ -101,7 +106,7 @@ def test_only_what_requires_gradients_moves(tmp_path: Path) -> None:
 
 def test_the_first_step_is_adams(tmp_path: Path) -> None:
     """Adam's first step is the learning rate, against the gradient's sign; AdamW shrinks the weights beside it."""
-    toy(tmp_path, Toy(), weights=(0, 1), steps=1, learning_rate=0.01, weight_decay=0.5)
+    toy(tmp_path, Toy(), weights=(0, 1), steps=1, learning_rate=0.04, warmup_steps=4, weight_decay=0.5)
     before = Toy().x.detach()
     expected = before * (1 - 0.01 * 0.5) - 0.01 * before.sign()
     torch.testing.assert_close(newest(tmp_path)["trainable"]["x"], expected)
@@ -148,7 +153,7 @@ def test_the_learning_rate_warms_up_then_falls_as_a_cosine() -> None:
     assert rates[10] == max(rates) == 0.2
     assert rates[60] == pytest.approx((0.2 + 0.02) / 2), "half way down, half way through"
     assert rates[110] == pytest.approx(0.02)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(0, stage(steps=5, learning_rate=0.2)) == 0.2
     assert learning_rate(2, stage(steps=3, learning_rate=0.2, warmup_steps=6)) == pytest.approx(0.1)
 

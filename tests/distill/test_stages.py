@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import STUDENT, batch, plan, stage, tiny_denoiser, tiny_model
 from torch import Tensor, nn
 
 from refine_control.data.batch import Batch
@@ -16,6 +15,7 @@ from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.stages import distillation_losses
 from refine_control.recipe import DenoiserPlan, StageConfig
 from refine_control.student.plan import probe
+from tiny import STUDENT, batch, plan, stage, tiny_denoiser, tiny_model
 
 
 def bridged(student: Denoiser, teacher: Model) -> Bridges:
@@ -37,7 +37,9 @@ def runs_of(network: nn.Module) -> list[None]:
 
 
 @pytest.mark.parametrize("labelled_fraction", [1.0, 0.5])
-@pytest.mark.parametrize("shape", [STUDENT, plan(8, 16, mid_block="none"), plan(8, 16, 16)], ids=["same", "no mid", "deeper"])
+@pytest.mark.parametrize(
+    "shape", [STUDENT, plan(8, 16, mid_block="none"), plan(8, 16, 16)], ids=["same", "no mid", "deeper"]
+)
 def test_every_student_parameter_learns_and_no_teacher_parameter(shape: DenoiserPlan, labelled_fraction: float) -> None:
     teacher, student = tiny_model().freeze(), tiny_denoiser(shape, seed=1)
     bridges = bridged(student, teacher)

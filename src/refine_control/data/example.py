@@ -28,6 +28,20 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def require_caption(text: Any, where: str) -> str | None:
+    """`text` itself where it is a caption or None, else DataError. `where` begins the message."""
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: text is {text!r}; write the caption as a string, or leave it out")
+    if text is not None and not is_unicode(text):
+        raise DataError(f"{where}: text {text!r} has half of a surrogate pair; write the caption in whole characters")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """False with half of a surrogate pair, which JSON can spell (\\ud800) but neither tokenizers nor UTF-8 take."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def require_same_size(key: str, image: np.ndarray, other: np.ndarray | None, what: str) -> None:
     """Raise DataError unless `other` (H, W[, C]) is as large as `image` (H, W, 3). `what` names it in the message."""
     if other is not None and other.shape[:2] != image.shape[:2]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from refine_control.data.example import Example, require_same_size
+from refine_control.data.example import Example, is_unicode, require_caption, require_same_size
 from refine_control.data.images import MAX_PIXELS, SUFFIXES, read_image, read_mask
 from refine_control.errors import DataError
 
@@ -114,9 +114,7 @@ def _entry(record: dict[str, Any], folder: Path, root: Path, where: str) -> _Ent
     if "file_name" not in record:
         raise DataError(f"{where}: no file_name; add the image's path, relative to {folder}")
     image = _inside(record.pop("file_name"), folder, root, f"{where}: file_name")
-    text = record.pop("text", None)
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: text is {text!r}; write the caption as a string, or leave it out")
+    text = require_caption(record.pop("text", None), where)
     mask = record.pop("mask_file_name", None)
     control = record.pop("conditioning_image_file_name", None)
     return _Entry(
@@ -131,14 +129,14 @@ def _entry(record: dict[str, Any], folder: Path, root: Path, where: str) -> _Ent
 
 def _inside(name: Any, folder: Path, root: Path, where: str) -> Path:
     """`folder/name`, once it is sure to be a file that lies in `root` (the folder, resolved)."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or not is_unicode(name):
         raise DataError(f"{where} is {name!r}; write a path relative to {folder}")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{where} {name!r} leaves the folder; write a path relative to {folder}, without '..'")
     path = folder.joinpath(*relative.parts)
     _refuse_escape(path, root)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises an OSError for a name that is too long
         raise DataError(f"{where} {name!r}: no such file in {folder}; add the file or remove the line")
     return path
 

@@ -1,6 +1,7 @@
 """Bytes on the disk -> uint8 RGB arrays, and back to one square size. Untrusted files are expected here."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
     if not data:
         raise DataError(f"{label}: the image is empty (0 bytes); replace or remove it")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _open(data) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
@@ -38,7 +39,7 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
             return _to_rgb(image)
     except DataError as error:
         raise error if str(error).startswith(label) else DataError(f"{label}: {error}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         reason = _one_line(error)
         raise DataError(f"{label}: {reason}; make the image at most {max_pixels} pixels or remove it") from None
     except Exception as error:  # PIL's decoders raise nearly every type on a broken file
@@ -99,6 +100,13 @@ def _read_bytes(path: Path, label: str) -> bytes:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise DataError(f"{label}: cannot be read ({reason}); check the path and its permissions") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header only. PIL warns of large pictures, its own limit in mind; `max_pixels` is ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

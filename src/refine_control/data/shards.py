@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from refine_control.data.example import Example, require_same_size
+from refine_control.data.example import Example, is_unicode, require_caption, require_same_size
 from refine_control.data.images import MAX_PIXELS, encode_png, encode_webp, read_image, read_mask
 from refine_control.errors import DataError
 
@@ -86,9 +86,7 @@ class ShardDataset:
             raise DataError(f"{label}: the json or txt is not JSON in UTF-8; write it anew") from None
         if not isinstance(extra, dict):
             raise DataError(f"{label}.json: a {type(extra).__name__}; write an object, {{'text': ...}}")
-        text = extra.pop("text", None)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{label}.json: text is {text!r}; write the caption as a string, or leave it out")
+        text = require_caption(extra.pop("text", None), f"{label}.json")
         return (fallback if text is None else text), extra
 
     def _read(self, number: int, place: tuple[int, int]) -> bytes:
@@ -118,7 +116,8 @@ def write_shards(
     and a shard is closed before it would pass `max_bytes`. The encoded examples are held in memory. Shards appear
     under their names only when all are complete.
 
-    Raises DataError: no example, a key twice, a key with a dot or a leading slash, shards of that name already there.
+    Raises DataError: no example, a key twice, a key that is no plain relative path or has a dot, shards of that name
+    already there.
     """
     out_dir = Path(out_dir)
     if existing := sorted(out_dir.glob(f"{name}-*.tar")):
@@ -164,7 +163,7 @@ def _groups(encoded: list[tuple[str, Members]], max_bytes: int) -> list[list[tup
     total = 2 * BLOCK
     for key, members in encoded:
         size = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for _, data in members)
-        if groups[-1] and total + size > max_bytes:
+        if groups[-1] and -(-(total + size) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > max_bytes:
             groups.append([])
             total = 2 * BLOCK
         groups[-1].append((key, members))
@@ -173,8 +172,9 @@ def _groups(encoded: list[tuple[str, Members]], max_bytes: int) -> list[list[tup
 
 
 def _checked_key(key: str) -> str:
-    if not key or key.startswith("/") or "." in key or "\0" in key or len(key.encode()) > 80:
-        raise DataError(f"key {key!r} cannot name a tar member; use a relative name without dots, at most 80 bytes")
+    plain = key and not key.startswith("/") and "." not in key and "\0" not in key and is_unicode(key)
+    if not plain or PurePosixPath(key).as_posix() != key or len(key.encode()) > 80:
+        raise DataError(f"key {key!r} cannot name a tar member; use a relative path without dots, at most 80 bytes")
     return key
 
 
@@ -209,4 +209,6 @@ def _split(member: tarfile.TarInfo, shard: Path) -> tuple[str, str]:
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         raise DataError(f"{shard}: member {member.name!r} is not a regular file; write only files into the tar")
     stem, _, ending = path.name.partition(".")
+    if not stem:
+        raise DataError(f"{shard}: member {member.name!r} has no key before its first dot; rename or remove it")
     return (path.parent / stem).as_posix(), ending.lower()

@@ -41,7 +41,10 @@ def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_P
 
 
 def check(dataset: Any) -> list[tuple[str, str]]:
-    """Decode every example of a data set (`keys()` and `[i]`) and return each fault as (key, reason); an empty list means that all can be read."""
+    """Decode every example of a data set (`keys()` and `[i]`) and return each fault as (key, reason).
+
+    An empty list means that all can be read.
+    """
     faults: list[tuple[str, str]] = []
     for index, key in enumerate(tqdm(dataset.keys(), desc="checking", unit="image", disable=None)):
         try:

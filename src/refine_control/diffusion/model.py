@@ -7,6 +7,7 @@ more `Denoiser` here; see docs/architecture.md.
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,18 @@ class Model:
         return self.text_encoder(self.tokenize(captions)).last_hidden_state
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes a folder that stock StableDiffusionControlNetPipeline.from_pretrained loads (safetensors)."""
+        """Writes a folder that stock StableDiffusionControlNetPipeline.from_pretrained loads (safetensors).
+
+        Written aside, then renamed: a half-written model is never seen.
+        """
+        aside = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
         whole = self if dtype == torch.float32 else copy.deepcopy(self)
         for network in (whole.denoiser, whole.vae, whole.text_encoder):
             network.to(dtype)
-        whole.pipeline().save_pretrained(folder, safe_serialization=True)
+        whole.pipeline().save_pretrained(aside, safe_serialization=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
 
     def pipeline(self) -> Any:
         """The stock pipeline over these very networks (shared, not copied)."""

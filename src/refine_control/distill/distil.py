@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from refine_control.data.loader import Loader, derive_seed
 from refine_control.diffusion.encode import Encoder
-from refine_control.diffusion.model import Denoiser, Model, load
+from refine_control.diffusion.model import Denoiser, load
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import pick_device, set_threads, train
@@ -48,7 +47,7 @@ class Distiller:
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
                 self._train(folder / name, student, bridges, stage, recipe)
-        _save_whole(replace(self.teacher, denoiser=student), folder / "student")
+        replace(self.teacher, denoiser=student).save(folder / "student")
         return folder / "student"
 
     def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
@@ -85,12 +84,3 @@ class Distiller:
 def distil(recipe: DistilRecipe) -> Path:
     """`refine-control distill`."""
     return Distiller(recipe.teacher, recipe.data, recipe.run).run(recipe, Path(recipe.output_dir))
-
-
-def _save_whole(model: Model, folder: Path) -> None:
-    """Written aside, then renamed: a half-written student is never seen."""
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)

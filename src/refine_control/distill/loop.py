@@ -52,9 +52,8 @@ def train(
     log = folder / "losses.jsonl"
     seconds_before = _trim_log(log, start)
     trainable.train()
-    bar = tqdm(
-        range(start, stage.steps), initial=start, total=stage.steps, desc=folder.name, unit="step", mininterval=1
-    )
+    name = "/".join(folder.parts[-3:])
+    bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, unit="step", mininterval=1)
     began = time.monotonic() - seconds_before
     for step in bar:
         batch = batches(step).to(device)

@@ -94,10 +94,10 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         rows.append(_row(name, summary["domains"], summary, None, None, drawn(folder)))
     for name in BASELINES if with_baselines else ():
         filled = {key: getattr(baselines, name)(d.heldout.true, d.heldout.batch.mask) for key, d in domains.items()}
-        scores = {key: d.reference.score(filled[key])["metrics"] for key, d in domains.items()}
+        scores = {key: d.score(filled[key])["metrics"] for key, d in domains.items()}
         table[name] = {"domains": scores}
         rows.append(_row(name, scores, {}, None, None, filled))
-    table["provenance"] = domains["labelled"].reference.provenance()
+    table["provenance"] = [reference.provenance() for reference in domains["labelled"].references]
     table["machine"] = machine()
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
@@ -163,15 +163,15 @@ def _report(
         mask={name: domain.heldout.batch.mask for name, domain in domains.items()},
         captions={name: domain.heldout.batch.captions for name, domain in domains.items()},
         curves={r.name: [out / r.name / f"seed-{seeds[0]}" / s / "losses.jsonl" for s in stages] for r in rows[1:]},
-        provenance={**first["provenance"], **first["rules"]},
+        provenance=first["provenance"][0],
         settings={
             "teacher": recipe.teacher,
             "seeds": list(seeds),
-            "stage 1": recipe.stage1.model_dump_json(),
-            "stage 2": recipe.stage2.model_dump_json(),
-            "student": recipe.student.model_dump_json(),
-            "sampler": recipe.sample.model_dump_json(),
-            "machine": json.dumps(machine()),
+            "stage 1": recipe.stage1.model_dump(mode="json"),
+            "stage 2": recipe.stage2.model_dump(mode="json"),
+            "student": recipe.student.model_dump(mode="json"),
+            "sampler": recipe.sample.model_dump(mode="json"),
+            "machine": machine(),
         },
         domain_labels=DOMAIN_LABELS,
         notes=[

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.diffusion.model import Model, load, resolve
+from refine_control.diffusion.model import load, resolve
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import open_pictures
-from refine_control.evaluate.features import efficientnet_lite0
+from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
 from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
@@ -24,24 +24,30 @@ from refine_control.student.plan import cost
 
 @dataclass
 class Domain:
-    """One held-out set and the features of its true pictures."""
+    """One held-out set and the features of its true pictures, by every extractor; the first is the offline one."""
 
     heldout: HeldOut
-    reference: Reference
+    references: list[Reference]
 
-    def score(self, model: Model, config: SampleConfig) -> tuple[dict[str, Any], Tensor]:
-        drawn = self.heldout.draw(model, config)
-        return self.reference.score(drawn), drawn
+    def score(self, drawn: Tensor) -> dict[str, Any]:
+        """As `score.score`, with the metrics of all extractors together and one provenance for each."""
+        results = [reference.score(drawn) for reference in self.references]
+        whole = results[0] | {"provenance": [result["provenance"] for result in results]}
+        for result in results[1:]:
+            whole["metrics"] |= result["metrics"]
+            whole["per_image"] |= result["per_image"]
+        return whole
 
 
 def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) -> dict[str, Domain]:
     """The held-out sets of a recipe: 'labelled', and 'unlabelled' where there is one."""
-    extractor = efficientnet_lite0()
+    extractors = [efficientnet_lite0(), *(standard(kind, path) for kind, path in config.standard.items())]
     domains = {}
     for name, pictures in zip(("labelled", "unlabelled"), open_pictures(data, config.split, variants=1), strict=True):
         if pictures is not None:
             heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
-            domains[name] = Domain(heldout, Reference(heldout.true, heldout.batch.mask, extractor))
+            references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
+            domains[name] = Domain(heldout, references)
     return domains
 
 
@@ -55,6 +61,7 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
     settings = {
         "model": _fingerprint(resolve(name)),
         "sample": config.model_dump(),
+        "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
         "images": {domain: len(held.heldout.batch) for domain, held in domains.items()},
     }
     if kept.is_file():
@@ -67,7 +74,8 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
-        result["domains"][domain_name], pictures[domain_name] = domain.score(model, config)
+        pictures[domain_name] = domain.heldout.draw(model, config)
+        result["domains"][domain_name] = domain.score(pictures[domain_name])
     save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
     kept.write_text(json.dumps(result), encoding="utf-8")
     return result

@@ -28,7 +28,14 @@ _SIDE = 192  # pixels; larger pictures are shrunk to it, so that the page stays 
 _POINTS = 400  # drawn of each curve
 _WIDTH, _HEIGHT = 280, 140  # of a drawing of curves, in SVG units
 _HIGHER_IS_BETTER = {"psnr", "ssim"}
-_COSTS = (("params", "M", 1e6), ("macs", "M", 1e6), ("latency_ms", "ms", 1), ("wall_seconds", "min", 60))
+Values = list[float | None]
+_REGIONS = ("whole", "hole")
+_COSTS = {  # field of a row: (title, unit shown, how many of the field's are one of them)
+    "params": ("Params", "M", 1e6),
+    "macs": ("MACs", "M", 1e6),
+    "latency_ms": ("Latency", "ms", 1),
+    "wall_seconds": ("Training", "min", 60),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Column:
     key: str
     unit: str
     arrow: str
-    values: list[float | None]
+    values: Values
     texts: list[str]
     smalls: list[str]
     best: set[int]
@@ -95,14 +102,13 @@ def write_report(data: ReportData, path: Path) -> None:
     page = environment.get_template("report.html.jinja").render(
         data=data,
         tables=[(label, _columns(data.rows, name, [name])) for name, label in domains.items()],
-        grids=[(label, _grid(data, name)) for name, label in domains.items() if name in data.truth],
+        grids=[(label, name, _lines(data, name)) for name, label in domains.items() if name in data.truth],
+        side=_SIDE,
         curved=curved,
         panels=_panels([[_read(file) for file in data.curves[row.name]] for row in curved]),
         box=(_WIDTH, _HEIGHT),
-        facts=[
-            (title, list(_flat(of)))
-            for title, of in (("Settings", data.settings), ("Provenance", data.provenance), ("Rules", RULES))
-        ],
+        costs=_COSTS,
+        facts=[("Settings", _flat(data.settings)), ("Provenance", _flat(data.provenance)), ("Rules", _flat(RULES))],
     )
     _write(path, page)
 
@@ -112,10 +118,11 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
     domains = _domains(rows)
     tables = {domain: _columns(rows, domain, domains) for domain in domains}
     heads = next(iter(tables.values()), [])
-    costs = [cost[0] for cost in _COSTS]
-    keys = [c.key if c.key in costs else f"{c.key} {c.unit}" for c in heads]
+    keys = [f"{c.key} {c.unit}" if c.unit in _REGIONS else c.key for c in heads]
     exact: list[list[Any]] = [["domain", "name", "label", *keys, "steps"]]
-    shown = [["domain", "model", *(f"{c.key} {c.unit} {c.arrow}" for c in heads)], ["---"] * 2 + ["---:"] * len(heads)]
+    titles = [f"{c.key} {c.unit}" if c.unit in _REGIONS else f"{_COSTS[c.key][0]} ({c.unit})" for c in heads]
+    shown = [["domain", "model", *(f"{title} {c.arrow}" for title, c in zip(titles, heads, strict=True))]]
+    shown.append(["---"] * 2 + ["---:"] * len(heads))
     for domain, columns in tables.items():
         for i, row in enumerate(rows):
             exact.append([domain, row.name, row.label, *(c.values[i] for c in columns), row.steps])
@@ -147,20 +154,18 @@ def _columns(rows: Sequence[Row], domain: str, metrics_of: Iterable[str]) -> lis
     """Every metric that a row has in one of the domains `metrics_of`, whole and hole, with its values in `domain`."""
     columns = []
     for name in {metric: None for one in metrics_of for row in rows for metric in row.scores.get(one, {})}:
-        for region in ("whole", "hole"):
+        for region in _REGIONS:
             values = [_finite(row.scores.get(domain, {}).get(name, {}).get(region)) for row in rows]
             columns.append(_column(rows, name, region, values, 1, [""] * len(rows)))
     steps = ["" if row.steps is None else f"{row.steps:,} steps" for row in rows]
-    for key, unit, scale in _COSTS:
+    for key, (_, unit, scale) in _COSTS.items():
         values = [_finite(getattr(row, key)) for row in rows]
         ratios = [f"{v / values[0]:.2f}×" if i and v and values[0] else "" for i, v in enumerate(values)]
         columns.append(_column(rows, key, unit, values, scale, steps if key == "wall_seconds" else ratios))
     return columns
 
 
-def _column(
-    rows: Sequence[Row], key: str, unit: str, values: list[float | None], scale: float, smalls: list[str]
-) -> Column:
+def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: float, smalls: list[str]) -> Column:
     """Shows a column with as many decimals as give its largest value four digits, and finds the best of the students.
 
     Students are the rows with params below the first. All that read alike are best, unless there is no other.
@@ -180,23 +185,15 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _grid(data: ReportData, domain: str) -> dict[str, Any]:
+def _lines(data: ReportData, domain: str) -> list[tuple[str, list[str | None]]]:
     """Evenly spaced pictures of a domain, each as (caption, data: URIs from left to right, None for none)."""
     truth, mask, captions = data.truth[domain], data.mask[domain], data.captions.get(domain, ())
-    height, width = truth.shape[2:]
-    y, x = np.indices((height, width)) // max(2, min(height, width) // 8)
+    y, x = np.indices(truth.shape[2:]) // max(2, min(truth.shape[2:]) // 8)
     hole = truth.new_tensor(0.56 + 0.1 * ((y + x) % 2))
     columns = [truth * (1 - mask) + hole * mask, *(row.drawn.get(domain) for row in data.rows), truth]
     chosen = np.linspace(0, len(truth) - 1, min(PICTURES, len(truth))).round().astype(int).tolist()
-    return {
-        "heads": ["masked input", *(row.label for row in data.rows), "truth"],
-        "lines": [
-            (captions[i] if i < len(captions) else "", [c if c is None else _uri(c[i]) for c in columns])
-            for i in chosen
-        ],
-        "size": f"{width} × {height}" + (f", shrunk to {_SIDE}" if max(height, width) > _SIDE else ""),
-        "count": len(truth),
-    }
+    pictures = [[None if column is None else _uri(column[i]) for column in columns] for i in chosen]
+    return [(captions[i] if i < len(captions) else "", line) for i, line in zip(chosen, pictures, strict=True)]
 
 
 def _uri(image: Tensor) -> str:
@@ -247,30 +244,33 @@ def _panel(name: str, runs: list[list[Stage]]) -> dict[str, Any]:
         for begin, (_, terms) in zip(begins[number], stages, strict=False):
             if name in terms:
                 steps, logged = np.array(terms[name], dtype=np.float64).T
-                window = np.ones(max(1, len(logged) // 30))
+                window = np.ones(max(1, len(logged) // 15))
                 mean = np.convolve(logged, window, "same") / np.convolve(np.ones_like(logged), window, "same")
                 x, thin = _WIDTH * (steps + begin) / last, slice(None, None, math.ceil(len(logged) / _POINTS))
                 lines.append((number, *(list(zip(x[thin], down(y[thin]), strict=True)) for y in (logged, mean))))
     x_ticks = MaxNLocator(4, integer=True).tick_values(0, last)
     y_ticks = (LogLocator(subs=(1, 2, 5), numticks=5) if is_log else MaxNLocator(4)).tick_values(low, high)
+    y_ticks = [y for y in y_ticks if low <= y <= high]
     return {
         "name": name,
         "is_log": is_log,
         "lines": lines,
-        "x_ticks": [(_WIDTH * x / last, f"{x / 1000:g}k" if x >= 1000 else f"{x:g}") for x in x_ticks if x <= last],
-        "y_ticks": [(down(y), f"{y:g}") for y in y_ticks if low <= y <= high],
+        "x_ticks": [(_WIDTH * x / last, x) for x in x_ticks if x <= last],
+        "y_ticks": list(zip(down(y_ticks), y_ticks, strict=True)),
         "bounds": sorted({_WIDTH * x / last for begin in begins for x in begin[1:-1]}),
     }
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted key, text)."""
+    flat = []
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            flat += _flat(value, f"{prefix}{key}.")
         else:
-            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple, dict)) else str(value)
-            yield f"{prefix}{key}", "–" if value is None else text or "–"
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            flat.append((f"{prefix}{key}", "–" if value is None else text or "–"))
+    return flat
 
 
 def _write(path: Path, text: str) -> None:
@@ -280,6 +280,5 @@ def _write(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise

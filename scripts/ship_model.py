@@ -1,0 +1,130 @@
+"""Puts a trained model into the zoo with its card: fp16 safetensors, scores, the gate's verdicts, how to make it again.
+
+    refine-control evaluate runs/emoji-teacher/model --baselines --output_dir results/teacher-gate
+    python scripts/ship_model.py emoji-teacher runs/emoji-teacher results/teacher-gate/scores.json
+
+The card's numbers are read from the run's losses.jsonl and from scores.json; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from refine_control.diffusion.model import ZOO, load
+
+CLASSICAL = ("mean_fill", "telea", "navier_stokes", "biharmonic")
+HEADER = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [inpainting, controlnet, refine-control]
+---
+# {name}
+
+{what} Stock format: `StableDiffusionControlNetPipeline.from_pretrained` loads this folder; safetensors, fp16.
+
+- Data: emoji with captions and clip art without, drawings on white, {resolution} px; see `data/README.md` for sources
+  and licences. Concepts of the test split were not trained on.
+- Make it again: `{command}`
+- Trained for: {training}
+- Seed {seed}; hardware: {machine}
+
+Known limits: drawings only, English captions of a few words, weak on faces and writing. A student inherits
+its teacher's errors.
+"""
+
+
+def training_line(run: Path, batch_sizes: dict[str, int]) -> str:
+    parts = []
+    for stage, batch_size in batch_sizes.items():
+        log = run / stage / "losses.jsonl"
+        if log.is_file():
+            last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+            parts.append(f"{stage} {last['step']:,} steps of {batch_size} pictures, {last['seconds'] / 60:.0f} minutes")
+    return "; ".join(parts)
+
+
+def score_table(scores: dict[str, Any]) -> list[str]:
+    rows = {name: entry["domains"] for name, entry in scores.items() if "domains" in entry}
+    lines = []
+    for domain in next(iter(rows.values())):
+        metrics = list(next(iter(rows.values()))[domain])
+        lines += [f"### {domain}", "", "| | " + " | ".join(f"{m} whole / hole" for m in metrics) + " |"]
+        lines.append("|---" * (len(metrics) + 1) + "|")
+        for name, domains in rows.items():
+            cells = [f"{domains[domain][m]['whole']:.4g} / {domains[domain][m]['hole']:.4g}" for m in metrics]
+            lines.append(f"| {Path(name).name if '/' in name else name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    """The teacher's gate, on the labelled domain's held-out concepts, line by line."""
+    mine = model["domains"]["labelled"]
+    lines = ["## Gate", ""]
+    for metric in mine:
+        kind = metric.split("[")[0]
+        rivals = ("mean_fill",) if kind in ("psnr", "ssim") else CLASSICAL
+        regions = ("hole",) if kind in ("psnr", "ssim") else ("whole", "hole")
+        for region in regions:
+            ours = mine[metric][region]
+            theirs = {name: scores[name]["domains"]["labelled"][metric][region] for name in rivals}
+            better = {n: (ours > v if kind in ("psnr", "ssim") else ours < v) for n, v in theirs.items()}
+            lost = [name for name, won in better.items() if not won]
+            verdict = "passes" if not lost else f"**fails** against {', '.join(lost)}"
+            lines.append(f"- {metric}, {region}: {verdict} ({ours:.4g})")
+    losses = model["caption_losses"]
+    ordered = losses["right"] < losses["empty"] < losses["shuffled"]
+    shown = ", ".join(f"{kind} {value:.5f}" for kind, value in losses.items())
+    lines.append(f"- captions, right < empty < shuffled: {'passes' if ordered else '**fails**'} ({shown})")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("--note", default="", help="a sentence for the card")
+    args = parser.parse_args()
+    recipe = yaml.safe_load((args.run / "recipe.yaml").read_text(encoding="utf-8"))
+    is_teacher = "denoiser" in recipe
+    folder = args.run / ("model" if is_teacher else "student")
+    scores = json.loads(args.scores.read_text(encoding="utf-8"))
+    entry = next(v for k, v in scores.items() if "domains" in v and k.rstrip("/").endswith(str(folder)))
+    target = ZOO / args.name
+    aside = ZOO / f".{args.name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    load(str(folder)).save(aside, torch.float16)
+    stages = ("autoencoder", "denoiser") if is_teacher else ("stage1", "stage2")
+    sizes = {s: recipe.get(f"{s}_stage", recipe.get(s))["batch_size"] for s in stages}
+    command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{args.name}.yaml"
+    machine = scores["machine"]
+    card = HEADER.format(
+        name=args.name,
+        what=f"{entry['params']:,} parameters in foundation and module, {entry['macs']:,} MACs a forward.",
+        resolution=recipe["data"]["resolution"],
+        command=f"refine-control {command}",
+        training=training_line(args.run, sizes),
+        seed=recipe["seed"],
+        machine=f"{machine['cores']} CPU cores" + (f", {machine['gpu']}" if machine["gpu"] else ""),
+    )
+    lines = [args.note, "", "## Scores", "", f"On {scores['provenance'][0]['n']} held-out pictures of each domain.", ""]
+    lines += score_table(scores)
+    lines += gate(entry, scores) if is_teacher else []
+    (aside / "README.md").write_text(card + "\n".join(lines) + "\n", encoding="utf-8")
+    shutil.copyfile(args.run / "recipe.yaml", aside / "recipe.yaml")
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*')) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

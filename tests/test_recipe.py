@@ -1,0 +1,200 @@
+"""Recipes are validated once, at the edge; every mistake is one line that names its key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from refine_control.errors import RecipeError
+from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, load, save, validate
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+SMALL = """
+output_dir: runs/small
+teacher: zoo:some
+seed: 3
+data: {labelled: my/pictures, resolution: 64}
+student: {block_out_channels: [16, 32], attention: [false, true], heads: [1, 2], norm_num_groups: 8}
+stage1: {steps: 10, weights: {task: 1, output: 0.5}}
+stage2: {steps: 0}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def refused(path: Path, overrides: dict[str, str] | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(DistilRecipe, path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def kind_of(tree: dict[str, Any]) -> type[TeacherRecipe] | type[DistilRecipe]:
+    assert ("denoiser" in tree) != ("student" in tree), "a recipe trains a teacher or distils a student"
+    return TeacherRecipe if "denoiser" in tree else DistilRecipe
+
+
+# The shipped ones
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_shipped_recipe_is_valid_and_survives_saving(path: Path, tmp_path: Path) -> None:
+    kind = kind_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    recipe = load(kind, path)
+    save(recipe, tmp_path / "saved.yaml")
+    assert load(kind, tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_shipped_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
+    from refine_control.cli import _parser
+
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# refine-control ")
+    args, rest = _parser().parse_known_args(first.removeprefix("# refine-control ").split())
+    assert args.recipe == Path("recipes") / path.name
+    assert rest == []
+
+
+# Reading
+
+
+def test_reads_values_and_fills_in_defaults(small: Path) -> None:
+    recipe = load(DistilRecipe, small)
+    assert recipe.student.block_out_channels == (16, 32)
+    assert recipe.stage1.weights.output == 0.5
+    assert recipe.stage1.batch_size == StageConfig().batch_size
+    assert recipe.alignment == "auto"
+
+
+def test_overrides_reach_any_depth(small: Path) -> None:
+    overrides = {
+        "seed": "7",
+        "stage1.weights.feature": "0.25",
+        "run.device": "cpu",
+        "stage1.learning_rate": "1e-4",
+        "student.heads": "[2, 4]",
+        "data.unlabelled": "null",
+        "alignment": "{module.mid_block: module.mid_block}",
+    }
+    recipe = load(DistilRecipe, small, overrides)
+    assert recipe.seed == 7
+    assert (recipe.stage1.weights.output, recipe.stage1.weights.feature) == (0.5, 0.25)
+    assert recipe.run.device == "cpu"
+    assert recipe.stage1.learning_rate == 1e-4
+    assert recipe.student.heads == (2, 4)
+    assert recipe.data.unlabelled is None
+    assert recipe.alignment == {"module.mid_block": "module.mid_block"}
+    assert load(DistilRecipe, small).seed == 3, "the file is as it was"
+
+
+def test_saved_with_overrides_then_loaded_is_equal(small: Path, tmp_path: Path) -> None:
+    recipe = load(DistilRecipe, small, {"stage1.steps": "77", "alignment": "{a: b}", "stage2.snr_gamma": "5"})
+    save(recipe, tmp_path / "saved.yaml")
+    assert load(DistilRecipe, tmp_path / "saved.yaml") == recipe
+    assert recipe != load(DistilRecipe, small)
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked(small: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(DistilRecipe, small).stage1.steps = -1
+
+
+# Mistakes
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    message = refused(tmp_path / "nowhere.yaml")
+    assert str(tmp_path / "nowhere.yaml") in message
+    assert "recipes/" in message
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"- a\n- b\n", b"", b"\xff\xfe\x00", b"!!python/object:os.system {}"])
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    assert str(path) in refused(path)
+
+
+def test_an_unreadable_path(tmp_path: Path) -> None:
+    assert str(tmp_path) in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("sed", "output_dir, teacher, seed"),
+        ("stage1.step", "steps, batch_size"),
+        ("stage2.weights.feat", "task, output, feature"),
+    ],
+)
+def test_an_unknown_key_is_named_beside_the_known(small: Path, key: str, known: str) -> None:
+    message = refused(small, {key: "1"})
+    assert f"unknown key '{key}'; known here: " in message
+    assert known in message
+    assert str(small) in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage1.steps", "-5"),
+        ("stage1.steps", "many"),
+        ("stage1.labelled_fraction", "1.5"),
+        ("stage1.ema_decay", "1"),
+        ("stage1.feature_norm", "batch"),
+        ("stage1.weights.task", "-1"),
+        ("stage1.snr_gamma", "0"),
+        ("data.resolution", "0"),
+        ("run.mixed_precision", "fp16"),
+        ("init", "nothing"),
+        ("sample.guidance_scale", "0.5"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(small: Path, key: str, value: str) -> None:
+    message = refused(small, {key: value})
+    assert f"'{key}' = {yaml.safe_load(value)!r}: " in message
+    assert str(small) in message
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(SMALL.replace("output_dir: runs/small", ""), encoding="utf-8")
+    assert "'output_dir'" in refused(path)
+
+
+def test_levels_that_disagree_name_the_student(small: Path) -> None:
+    message = refused(small, {"student.attention": "[true]"})
+    assert "'student'" in message
+    assert "block_out_channels has 2 levels; give attention and heads 2 entries each" in message
+
+
+def test_an_override_into_a_value(small: Path) -> None:
+    assert refused(small, {"seed.more": "1"}) == "--seed.more: 'seed' is a value, not a section"
+    assert "'steps' is a value" in refused(small, {"stage1.steps.more": "1"})
+
+
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "!!python/object:os.system {}"])
+def test_an_override_that_is_not_yaml(small: Path, text: str) -> None:
+    message = refused(small, {"output_dir": text})
+    assert "--output_dir" in message
+    assert text in message
+
+
+def test_a_map_that_is_neither_auto_nor_pairs(small: Path) -> None:
+    assert "'alignment" in refused(small, {"alignment": "sometimes"})
+
+
+def test_validate_names_where_it_comes_from() -> None:
+    with pytest.raises(RecipeError, match="recipe 'the server'"):
+        validate(StageConfig, {"steps": "x"}, "the server")
