@@ -203,7 +203,7 @@ def _generate(args: argparse.Namespace) -> None:
     from refine_control.diffusion.generate import generate
     from refine_control.distill.loop import pick_device
 
-    flags = {name: yaml.safe_load(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    flags = {name: _plain(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
     config = recipe.validate(recipe.SampleConfig, flags, "command line")
     generate(args.model, args.image, args.mask, args.prompt, args.out, config, str(pick_device(args.device)))
     print(f"wrote {args.out}")
@@ -245,6 +245,14 @@ def _env(args: argparse.Namespace) -> None:
 
     for key, value in machine().items():
         print(f"{key:16} {value}")
+
+
+def _plain(text: str) -> object:
+    """A number where it reads as one; the config's own check names the rest."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _whole_number(text: str, flag: str) -> int:

@@ -51,6 +51,12 @@ class NoiseConfig(Config):
     num_train_timesteps: PositiveInt = 1000
     rescale_betas_zero_snr: bool = True
 
+    @model_validator(mode="after")
+    def _noise_can_be_undone(self) -> NoiseConfig:
+        if self.prediction_type == "epsilon" and self.rescale_betas_zero_snr:
+            raise ValueError("epsilon says nothing about the picture at pure noise; set rescale_betas_zero_snr false")
+        return self
+
 
 class AutoencoderPlan(Config):
     latent_channels: PositiveInt = 8
@@ -98,6 +104,12 @@ class LossWeights(Config):
     output: float = Field(0, ge=0)
     feature: float = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossWeights:
+        if not (self.task or self.output or self.feature):
+            raise ValueError("all weights are 0; give task, output or feature a weight")
+        return self
+
 
 class StageConfig(Config):
     """One training stage. Every stage, the teacher's included, runs through the same loop."""
@@ -131,7 +143,7 @@ class RunConfig(Config):
 
 
 class SampleConfig(Config):
-    num_inference_steps: PositiveInt = 10
+    num_inference_steps: PositiveInt = 10  # best a divisor of 1000: else DDIM stops short of the last step
     guidance_scale: float = Field(2.0, ge=1)
     seed: int = 0
     batch_size: PositiveInt = 64
@@ -210,7 +222,7 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
         return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[")))
         if first["type"] == "extra_forbidden":
             reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, first['loc']))}"
         else:

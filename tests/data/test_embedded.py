@@ -108,10 +108,10 @@ def test_size_and_licences() -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_no_held_out_picture_is_a_near_copy_of_a_training_picture(split: str) -> None:
-    """Nor of a mirrored one: training mirrors its pictures."""
+    """Nor of a mirrored one: training mirrors its pictures. Measured by a picture's own contrast over 16 x 16 cells."""
 
     def small(pictures: np.ndarray) -> np.ndarray:
-        cells = pictures.reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4), dtype=np.float32)
+        cells = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32)
         return cells.reshape(len(pictures), -1)
 
     def stacked(part: str) -> np.ndarray:
@@ -120,5 +120,7 @@ def test_no_held_out_picture_is_a_near_copy_of_a_training_picture(split: str) ->
     train, held_out = small(stacked("train")), stacked(split)
     for pictures in (small(held_out), small(held_out[:, :, ::-1])):
         squared = (pictures**2).sum(1)[:, None] + (train**2).sum(1)[None] - 2 * pictures @ train.T
-        nearest = np.sqrt(np.maximum(squared.min(axis=1), 0) / train.shape[1])  # rms of 0..255 over 8 x 8 cells
-        assert nearest.min() >= 1
+        nearest = np.sqrt(np.maximum(squared.min(axis=1), 0) / train.shape[1])
+        # The nearest is at 0.076: the snowman without snow. Copies resized, or saved as JPEG of quality 95, mostly lie
+        # below 0.03; pale pictures and copies of low quality pass, so this finds careless copies only.
+        assert (nearest / pictures.std(axis=1)).min() > 0.05

@@ -18,7 +18,7 @@ from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
-    """Three steps on captioned pictures, three with plain ones mixed in; no latents are kept: all runs compute alike."""
+    """Three steps on captioned pictures, three with plain ones mixed in. No latents are kept, so runs compute alike."""
     root = tmp_path_factory.mktemp("distil")
     tiny_model().save(root / "teacher")
     data = {

@@ -87,12 +87,12 @@ def test_a_student_learns_one_batch(teacher: Model, tmp_path: Path) -> None:
     student = tiny_denoiser(STUDENT, seed=1)
     shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
     bridges = Bridges(automatic_map(*shapes), *shapes)
-    config = stage(steps=40, learning_rate=3e-3, caption_dropout=0)
+    config = stage(steps=25, learning_rate=3e-3, caption_dropout=0)
     losses = distillation_losses(student, teacher, bridges, Encoder(teacher, 0.1), config)
     trainable = nn.ModuleDict({"student": student, "bridges": bridges})
     train(tmp_path, losses, config.weights.model_dump(), lambda step: batch(4, 0.5), trainable, config, RUN)
     log = log_of(tmp_path)
-    assert len(log) == 40
+    assert len(log) == 25
     for term in ("loss", "task", "output", "feature"):
         assert log[-1][term] < 0.8 * log[0][term], term
     assert not student.training

@@ -53,6 +53,8 @@ class Pictures:
 
     def __getitem__(self, number: int) -> Example:
         """Version `number // examples` of picture `number % examples`: image uint8 (H, W, 3) at the resolution."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         if self._kept is not None and number in self._kept:
             return self._kept[number]
         version, index = divmod(number, self.examples)
@@ -135,6 +137,12 @@ class Loader:
         self.mask_weights = masks.model_dump()
         self.batch_size, self.seed = batch_size, seed
         self.labelled_rows = round(batch_size * labelled_fraction)
+        if (self.labelled_rows == 0) != (labelled_fraction == 0) or (self.labelled_rows == batch_size) != (
+            labelled_fraction == 1
+        ):
+            raise DataError(
+                f"labelled_fraction {labelled_fraction} of {batch_size} rows is no row; use a larger batch"
+            )
 
     def __call__(self, step: int) -> Batch:
         counts = (

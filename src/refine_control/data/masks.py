@@ -59,11 +59,12 @@ def draw_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.
         raise RecipeError(f"masks: unknown kind '{kind}'; there are thin, medium, thick and box")
     if min(size) < 8:
         raise RecipeError(f"masks: {size[1]}x{size[0]} is too small for a mask; use a resolution of 8 or more")
+    strokes = kind != "box" and rng.random() * (1 + KINDS[kind].boxes_weight) < 1  # drawn once: area decides no kind
     while True:
         canvas = Image.new("L", (size[1], size[0]))
         if kind == "box":
             _rectangle(ImageDraw.Draw(canvas), size, rng)
-        elif rng.random() * (1 + KINDS[kind].boxes_weight) < 1:
+        elif strokes:
             _strokes(ImageDraw.Draw(canvas), KINDS[kind], size, rng)
         else:
             _boxes(ImageDraw.Draw(canvas), KINDS[kind], size, rng)
@@ -74,11 +75,11 @@ def draw_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.
 
 def _strokes(canvas: ImageDraw.ImageDraw, kind: Kind, size: tuple[int, int], rng: np.random.Generator) -> None:
     scale = min(size) / 256
-    for _ in range(int(rng.integers(kind.strokes[0], kind.strokes[1] + 1))):
+    for stroke in range(int(rng.integers(kind.strokes[0], kind.strokes[1] + 1))):
         x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-        for segment in range(int(rng.integers(1, 6))):
+        for _ in range(int(rng.integers(1, 6))):
             angle = rng.uniform(0, 4)
-            if segment % 2 == 0:
+            if stroke % 2 == 0:
                 angle = FULL_TURN - angle
             length = rng.uniform(10, 10 + kind.length) * scale
             width = max(1, round(rng.uniform(5, 5 + kind.width) * scale))

@@ -12,7 +12,8 @@ from refine_control.diffusion.model import Model
 
 
 class Encoder:
-    """What a frozen VAE and a frozen text encoder make of a batch. Deterministic, so keeping it changes nothing."""
+    """What a frozen VAE and a frozen text encoder make of a batch. Deterministic, so keeping it changes nothing
+    but the last bit: convolutions round by their neighbours in a batch."""
 
     def __init__(self, model: Model, cache_gb: float) -> None:
         self.model = model

@@ -108,7 +108,7 @@ class Model:
         return self
 
     def freeze(self) -> Model:
-        """No gradients, eval mode for good: a frozen model stays in eval mode whatever is called on its owner."""
+        """No gradients, eval mode. No nn.Module owns a Model, so no owner's `.train()` can undo it."""
         for network in (self.denoiser, self.vae, self.text_encoder):
             network.requires_grad_(False).eval()
         return self
@@ -135,13 +135,21 @@ class Model:
         """Writes a folder that stock StableDiffusionControlNetPipeline.from_pretrained loads (safetensors).
 
         Written aside, then renamed: a half-written model is never seen.
+
+        Raises:
+            ModelError: `folder` holds something else than a model, or the disk is full.
         """
+        if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+            raise ModelError(f"'{folder}' holds other files than a model; choose another folder")
         aside = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         whole = self if dtype == torch.float32 else copy.deepcopy(self)
         for network in (whole.denoiser, whole.vae, whole.text_encoder):
             network.to(dtype)
-        whole.pipeline().save_pretrained(aside, safe_serialization=True)
+        try:
+            whole.pipeline().save_pretrained(aside, safe_serialization=True)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise ModelError(f"cannot write '{folder}': {error}; make room, then run the same command") from None
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 
@@ -221,24 +229,36 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
         ModelError: a part is missing or malformed, or the parts do not belong together.
     """
     folder = resolve(name)
-    options = {"use_safetensors": True, "local_files_only": True}
     try:
-        foundation = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False, **options)
-        module = ControlNetModel.from_pretrained(folder, subfolder="controlnet", low_cpu_mem_usage=False, **options)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", low_cpu_mem_usage=False, **options)
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **options)
+        foundation = _read(UNet2DConditionModel, folder, "unet", low_cpu_mem_usage=False)
+        module = _read(ControlNetModel, folder, "controlnet", low_cpu_mem_usage=False)
+        vae = _read(AutoencoderKL, folder, "vae", low_cpu_mem_usage=False)
+        text_encoder = _read(CLIPTextModel, folder, "text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         scheduler = dict(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load '{name}': {' '.join(str(error).split())[:300]}") from None
-    model = Model(Denoiser(foundation.float(), module.float()), vae.float(), text_encoder.float(), tokenizer, scheduler)
+    model = Model(Denoiser(foundation, module), vae, text_encoder, tokenizer, scheduler)
     _check_belonging(model, name)
     return model.to(device)
+
+
+def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+    """One network as float32. diffusers and transformers fill a missing tensor with noise and only warn; we refuse."""
+    network, loading = kind.from_pretrained(
+        folder, subfolder=part, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{part} lacks {len(loading['missing_keys'])} tensors, e.g. {sorted(loading['missing_keys'])[0]}"
+        )
+    return network.float()
 
 
 def _check_belonging(model: Model, name: str) -> None:
     foundation, module = model.denoiser.foundation.config, model.denoiser.module.config
     pairs = {
+        "vocabulary of tokenizer and text encoder": (len(model.tokenizer), model.text_encoder.config.vocab_size),
         "cross_attention_dim of UNet and ControlNet": (foundation.cross_attention_dim, module.cross_attention_dim),
         "in_channels of UNet and ControlNet": (foundation.in_channels, module.in_channels),
         "block_out_channels of UNet and ControlNet": (

@@ -68,7 +68,7 @@ class NoiseSchedule:
         snr = (alpha / sigma.clamp_min(1e-6)) ** 2
         capped = snr.clamp_max(gamma)
         if self.prediction_type == "epsilon":
-            return capped / snr.clamp_min(1e-6)
+            return capped.clamp_min(1e-6) / snr.clamp_min(1e-6)
         if self.prediction_type == "sample":
             return capped
         return capped / (snr + 1)

@@ -38,24 +38,31 @@ def save(folder: Path, step: int, trainable: nn.Module, ema: list[Tensor], optim
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"cannot write checkpoint '{target}': {error}; make room, then run the same command") from None
-    for old in sorted(folder.glob("step-*"))[:-1]:
+    for old in sorted(folder.glob("step-*"), key=_step)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
-    found = sorted(folder.glob("step-*/state.json"))
-    return found[-1].parent if found else None
+    found = [path.parent for path in folder.glob("step-*/state.json")]
+    return max(found, key=_step, default=None)
 
 
 def restore(path: Path, trainable: nn.Module, ema: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Loads everything that `save` wrote into the given objects and returns the number of steps done."""
-    trainable.load_state_dict(load_file(path / "trainable.safetensors"))
+    try:
+        trainable.load_state_dict(load_file(path / "trainable.safetensors"))
+    except RuntimeError:
+        raise DataError(f"checkpoint '{path}' is of another model; choose another output_dir or remove it") from None
     kept = load_file(path / "ema.safetensors")
     for i, tensor in enumerate(ema):
         tensor.copy_(kept[str(i)])
     _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return int(state["step"])
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from refine_control.diffusion.model import Denoiser, Model, build_denoiser
+from refine_control.errors import RecipeError
 from refine_control.recipe import DenoiserPlan
 
 
@@ -28,6 +29,12 @@ class Cost:
 def build_student(plan: DenoiserPlan, teacher: Model) -> Denoiser:
     """A fresh student that speaks the teacher's latents, text embeddings and resolution."""
     foundation = teacher.denoiser.foundation.config
+    levels = teacher.downscale.bit_length()
+    if len(plan.conditioning_channels) != levels:
+        raise RecipeError(
+            f"conditioning_channels has {len(plan.conditioning_channels)} entries; the teacher's latents are "
+            f"{teacher.downscale}x smaller than its pictures, so give {levels}"
+        )
     return build_denoiser(plan, foundation.in_channels, foundation.cross_attention_dim, foundation.sample_size)
 
 

@@ -3,7 +3,8 @@
 Weight selection (Xu et al. 2024, 2311.18823): each student tensor takes evenly spaced rows and columns of the teacher
 tensor of the same name. Channel k of a width w always comes from channel floor(k W / w) of the teacher's width W, so
 that layers which share a residual stream keep the same channels; with all widths cut by one ratio this also holds
-across the skip connections that up blocks concatenate. Keeping all channels is the identity.
+across the skip connections that up blocks concatenate. Keeping all channels is the identity. Teacher and student
+should have equal layers_per_block: the module numbers its outputs flat, so other layers would meet.
 """
 
 from __future__ import annotations
