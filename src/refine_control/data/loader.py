@@ -140,9 +140,7 @@ class Loader:
         if (self.labelled_rows == 0) != (labelled_fraction == 0) or (self.labelled_rows == batch_size) != (
             labelled_fraction == 1
         ):
-            raise DataError(
-                f"labelled_fraction {labelled_fraction} of {batch_size} rows is no row; use a larger batch"
-            )
+            raise DataError(f"labelled_fraction {labelled_fraction} of {batch_size} rows is no row; use a larger batch")
 
     def __call__(self, step: int) -> Batch:
         counts = (
