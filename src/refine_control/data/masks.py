@@ -76,16 +76,16 @@ def draw_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.
 def _strokes(canvas: ImageDraw.ImageDraw, kind: Kind, size: tuple[int, int], rng: np.random.Generator) -> None:
     scale = min(size) / 256
     for stroke in range(int(rng.integers(kind.strokes[0], kind.strokes[1] + 1))):
+        segments = int(rng.integers(1, 6))
         x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-        for _ in range(int(rng.integers(1, 6))):
-            angle = rng.uniform(0, 4)
-            if stroke % 2 == 0:
-                angle = FULL_TURN - angle
-            length = rng.uniform(10, 10 + kind.length) * scale
-            width = max(1, round(rng.uniform(5, 5 + kind.width) * scale))
+        angles = rng.uniform(0, 4, segments).tolist()
+        lengths = (rng.uniform(10, 10 + kind.length, segments) * scale).tolist()
+        widths = (rng.uniform(5, 5 + kind.width, segments) * scale).round().clip(1).astype(int).tolist()
+        for angle, length, width in zip(angles, lengths, widths, strict=True):
+            turn = FULL_TURN - angle if stroke % 2 == 0 else angle
             end = (
-                min(max(x + length * math.sin(angle), 0), size[1] - 1),
-                min(max(y + length * math.cos(angle), 0), size[0] - 1),
+                min(max(x + length * math.sin(turn), 0), size[1] - 1),
+                min(max(y + length * math.cos(turn), 0), size[0] - 1),
             )
             canvas.line([(x, y), end], fill=1, width=width)
             if width > 2:  # round ends, so that turns have no notches
