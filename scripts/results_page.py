@@ -1,0 +1,82 @@
+"""Writes docs/results.md from the JSON under results/: no number in it is typed by hand.
+
+    python scripts/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BETTER_HIGH = ("psnr", "ssim")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(rows: dict[str, dict[str, Any]], spread: dict[str, Any] | None = None) -> list[str]:
+    """rows: name -> {metric: {"whole", "hole"}}."""
+    metrics = [m for m, v in next(iter(rows.values())).items() if isinstance(v, dict) and "hole" in v]
+    arrows = {m: "↑" if m in BETTER_HIGH else "↓" for m in metrics}
+    lines = ["| | " + " | ".join(f"{m} {arrows[m]} whole / hole" for m in metrics) + " |"]
+    lines.append("|---|" + "---|" * len(metrics))
+    for name, scores in rows.items():
+        cells = []
+        for m in metrics:
+            parts = []
+            for region in ("whole", "hole"):
+                deviation = ((spread or {}).get(name) or {}).get(m, {}).get(region)
+                parts.append(f"{scores[m][region]:.4g}" + (f" ± {deviation:.2g}" if deviation else ""))
+            cells.append(" / ".join(parts))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
+    rows = {k: v for k, v in scores.items() if isinstance(v, dict) and "psnr" in v}
+    seeds, extractor = scores["seeds"], scores["extractor"][0]
+    lines = [f"## {title}", "", f"`{command}`", ""]
+    lines.append(
+        f"{len(seeds)} training seed(s) ({', '.join(map(str, seeds))}), mean{' ± standard deviation' * (len(seeds) > 1)}; "
+        f"{extractor['n']} held-out pictures; {scores['machine']['cores']} cores, torch {scores['machine']['torch']}."
+    )
+    lines += ["", "Held-out concepts of the labelled domain:", ""]
+    lines += table(rows, {name: s["labelled"] for name, s in scores["spread"].items()})
+    other = {name: s for name, s in scores["other_domain"].items() if s}
+    if other:
+        lines += ["Held-out pictures of the unlabelled domain:", ""]
+        lines += table(other, {name: s.get("unlabelled") for name, s in scores["spread"].items()})
+    lines += ["| | parameters | MACs | ms a forward |", "|---|---|---|---|"]
+    lines += [f"| {n} | {r['params']:,} | {r['macs']:,} | {r['latency_ms']:.1f} |" for n, r in rows.items()]
+    return [*lines, ""]
+
+
+def main() -> None:
+    lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
+    if gate := read("teacher-gate/scores.json"):
+        lines += ["## The embedded teacher against classical inpainting", ""]
+        lines += ["`refine-control evaluate MODEL --baselines`", ""]
+        rows = {Path(k).name if "/" in k else k: v["domains"] for k, v in gate.items() if "domains" in v}
+        for domain in next(iter(rows.values())):
+            lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
+    if demo := read("demo/scores.json"):
+        lines += comparison("The demo", "make demo", demo)
+    if controls := read("controls/scores.json"):
+        lines += comparison("Controls", "refine-control compare recipes/demo.yaml", controls)
+    if step := read("benchmark-step.json"):
+        ratio = step["step_over_floor"]
+        lines += ["## One distillation step against its floor", "", "`python benchmarks/step.py recipes/demo.yaml`", ""]
+        lines.append(
+            f"{ratio['median']:.2f} times the floor (quartiles {ratio['low']:.2f} and {ratio['high']:.2f}, "
+            f"{step['steps']} steps of {step['batch_size']}, {step['machine']['threads']} threads); "
+            f"{100 * step['share_waiting_for_data']:.1f} % of the step waits for data."
+        )
+    (ROOT / "docs" / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
