@@ -1,6 +1,6 @@
 """Writes docs/results.md from the JSON under results/: no number in it is typed by hand.
 
-    python scripts/results_page.py
+python scripts/results_page.py
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
     rows = {k: v for k, v in scores.items() if isinstance(v, dict) and "psnr" in v}
     seeds, extractor = scores["seeds"], scores["extractor"][0]
     lines = [f"## {title}", "", f"`{command}`", ""]
+    how = "mean ± standard deviation" if len(seeds) > 1 else "no spread"
     lines.append(
-        f"{len(seeds)} training seed(s) ({', '.join(map(str, seeds))}), mean{' ± standard deviation' * (len(seeds) > 1)}; "
-        f"{extractor['n']} held-out pictures; {scores['machine']['cores']} cores, torch {scores['machine']['torch']}."
+        f"{len(seeds)} training seed(s) ({', '.join(map(str, seeds))}), {how}; {extractor['n']} held-out pictures; "
+        f"{scores['machine']['cores']} cores, torch {scores['machine']['torch']}."
     )
     lines += ["", "Held-out concepts of the labelled domain:", ""]
     lines += table(rows, {name: s["labelled"] for name, s in scores["spread"].items()})
