@@ -29,8 +29,10 @@ def test_shipped_model_is_small_carded_and_runs_in_stock_pipelines(name: str) ->
     model = load(f"zoo:{name}")
     side = model.resolution
     for pipeline_class in (StableDiffusionControlNetPipeline, StableDiffusionControlNetInpaintPipeline):
-        controlnet = ControlNetModel.from_pretrained(folder, subfolder="controlnet")
-        pipeline = pipeline_class.from_pretrained(folder, controlnet=controlnet, use_safetensors=True)
+        controlnet = ControlNetModel.from_pretrained(folder, subfolder="controlnet", torch_dtype=torch.float32)
+        pipeline = pipeline_class.from_pretrained(
+            folder, controlnet=controlnet, torch_dtype=torch.float32, use_safetensors=True
+        )
         pipeline.set_progress_bar_config(disable=True)
         control = torch.zeros(1, 3, side, side)
         extra = {"image": control}
