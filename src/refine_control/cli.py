@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "Score saved models on held-out pictures, with classical inpainting beside them.",
-        "  refine-control evaluate zoo:emoji-teacher zoo:emoji-student --baselines --output_dir runs/evaluate",
+        "  refine-control evaluate zoo:emoji-teacher runs/mine/student --baselines --output_dir runs/evaluate",
         takes_overrides=True,
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="a saved pipeline's folder, or zoo:NAME")
@@ -111,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         _generate,
         "Fill the white part of a mask in one picture.",
-        "  refine-control generate --model zoo:emoji-student --image face.png --mask hole.png "
+        "  refine-control generate --model zoo:emoji-teacher --image face.png --mask hole.png "
         "--prompt 'cat face, flat' --out filled.png",
     )
-    command.add_argument("--model", default="zoo:emoji-student")
+    command.add_argument("--model", default="zoo:emoji-teacher")
     command.add_argument("--image", type=Path, required=True)
     command.add_argument("--mask", type=Path, required=True, help="white where to fill, of the picture's size")
     command.add_argument("--prompt", default="")
