@@ -18,8 +18,9 @@ import torch
 import yaml
 
 from refine_control.diffusion.model import ZOO, load
+from refine_control.evaluate.compare import BASELINES
+from results_page import table
 
-CLASSICAL = ("mean_fill", "telea", "navier_stokes", "biharmonic")
 HEADER = """---
 license: apache-2.0
 library_name: diffusers
@@ -53,15 +54,10 @@ def training_line(run: Path, batch_sizes: dict[str, int]) -> str:
 
 def score_table(scores: dict[str, Any]) -> list[str]:
     rows = {name: entry["domains"] for name, entry in scores.items() if "domains" in entry}
+    rows = {Path(name).name if "/" in name else name: domains for name, domains in rows.items()}
     lines = []
     for domain in next(iter(rows.values())):
-        metrics = list(next(iter(rows.values()))[domain])
-        lines += [f"### {domain}", "", "| | " + " | ".join(f"{m} whole / hole" for m in metrics) + " |"]
-        lines.append("|---" * (len(metrics) + 1) + "|")
-        for name, domains in rows.items():
-            cells = [f"{domains[domain][m]['whole']:.4g} / {domains[domain][m]['hole']:.4g}" for m in metrics]
-            lines.append(f"| {Path(name).name if '/' in name else name} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"### {domain}", "", *table({name: domains[domain] for name, domains in rows.items()})]
     return lines
 
 
@@ -71,7 +67,7 @@ def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     lines = ["## Gate", ""]
     for metric in mine:
         kind = metric.split("[")[0]
-        rivals = ("mean_fill",) if kind in ("psnr", "ssim") else CLASSICAL
+        rivals = ("mean_fill",) if kind in ("psnr", "ssim") else BASELINES
         regions = ("hole",) if kind in ("psnr", "ssim") else ("whole", "hole")
         for region in regions:
             ours = mine[metric][region]

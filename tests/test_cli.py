@@ -92,6 +92,10 @@ def test_evaluate_ranks_models_and_baselines_alike(workplace: Path, tmp_path: Pa
     assert main([*argv, "--output_dir", str(tmp_path)]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {"mean_fill", "telea", "navier_stokes", "biharmonic"} <= set(scores)
+    assert main([*argv, "--output_dir", str(tmp_path), "--evaluate.seed", "7"]) == 0
+    other = json.loads((tmp_path / "scores.json").read_text())
+    name = str(workplace / "teacher")
+    assert other[name]["domains"] != scores[name]["domains"], "other masks, so the kept scores do not apply"
     assert set(scores[str(workplace / "teacher")]["caption_losses"]) == {"right", "empty", "shuffled"}
 
 

@@ -22,6 +22,7 @@ from refine_control.distill.distil import Distiller
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.files import write_whole
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.report import ReportData, Row, write_report, write_table
 from refine_control.evaluate.rows import train_row
@@ -66,7 +67,7 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     table["seeds"] = list(seeds)
     table["machine"] = machine()
     table["recipe"] = recipe.model_dump(mode="json")
-    _write_json(out / "scores.json", table)
+    write_whole(out / "scores.json", json.dumps(table, indent=1))
     teacher = scores["teacher"]
     report_rows = [_row("teacher", teacher["domains"], teacher, None, None, drawn(out / "teacher"))]
     report_rows += [_trained_row(name, scores[name], recipe, out, seeds[0]) for name in rows]
@@ -101,7 +102,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     table["machine"] = machine()
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
-    _write_json(out / "scores.json", table)
+    write_whole(out / "scores.json", json.dumps(table, indent=1))
     return out / "scores.json"
 
 
@@ -191,9 +192,3 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "refine_control": __version__,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(path)

@@ -16,6 +16,7 @@ from refine_control.diffusion.model import load, resolve
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import open_pictures
 from refine_control.evaluate.features import efficientnet_lite0, standard
+from refine_control.evaluate.files import write_whole
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
 from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
@@ -62,7 +63,7 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
         "model": _fingerprint(resolve(name)),
         "sample": config.model_dump(),
         "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
-        "images": {domain: len(held.heldout.batch) for domain, held in domains.items()},
+        "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
     if kept.is_file():
         result = json.loads(kept.read_text(encoding="utf-8"))
@@ -77,7 +78,7 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
         pictures[domain_name] = domain.heldout.draw(model, config)
         result["domains"][domain_name] = domain.score(pictures[domain_name])
     save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
-    kept.write_text(json.dumps(result), encoding="utf-8")
+    write_whole(kept, json.dumps(result))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ class HeldOut:
     def true(self) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
         return (self.batch.image + 1) / 2
+
+    def fingerprint(self) -> str:
+        """Changes with the pictures, the masks or the captions: what a kept score was measured on."""
+        digest = hashlib.sha256("\0".join(self.batch.captions).encode())
+        for tensor in (self.batch.image, self.batch.mask):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def draw(self, model: Model, config: SampleConfig) -> Tensor:
         """What the model makes of every masked picture, known pixels pasted back: (N, 3, H, W) in [0, 1]."""

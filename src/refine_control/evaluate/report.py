@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from refine_control.evaluate.files import write_whole
 from refine_control.evaluate.score import RULES
 
 __all__ = ["ReportData", "Row", "write_report", "write_table"]
@@ -110,7 +110,7 @@ def write_report(data: ReportData, path: Path) -> None:
         costs=_COSTS,
         facts=[("Settings", _flat(data.settings)), ("Provenance", _flat(data.provenance)), ("Rules", _flat(RULES))],
     )
-    _write(path, page)
+    write_whole(path, page)
 
 
 def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
@@ -130,9 +130,9 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
             shown.append([domain, row.label, *texts])
     raw = io.StringIO()
     csv.writer(raw, lineterminator="\n").writerows(exact)
-    _write(path_csv, raw.getvalue())
+    write_whole(path_csv, raw.getvalue())
     lines = (" | ".join(" ".join(text.split()).replace("|", "\\|") for text in line) for line in shown)
-    _write(path_md, "".join(f"| {line} |\n" for line in lines))
+    write_whole(path_md, "".join(f"| {line} |\n" for line in lines))
 
 
 def _check(data: ReportData) -> None:
@@ -271,14 +271,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             flat.append((f"{prefix}{key}", "–" if value is None else text or "–"))
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes aside, then renames: a reader never sees half of it, and a failure leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refine_control.distill.distil import Distiller
 from refine_control.errors import RecipeError
+from refine_control.evaluate.files import write_whole
 from refine_control.recipe import DistilRecipe, LossWeights
 
 TASK_ONLY = LossWeights(task=1)
@@ -45,9 +46,9 @@ def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, f
     if done.is_file():
         return folder / "student"
     folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(wanted), encoding="utf-8")
+    write_whole(begun, json.dumps(wanted))
     student = distiller.run(varied, folder)
-    done.write_text(json.dumps({"wall_seconds": wall_seconds(folder)}), encoding="utf-8")
+    write_whole(done, json.dumps({"wall_seconds": wall_seconds(folder)}))
     return student
 
 
