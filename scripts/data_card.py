@@ -28,16 +28,16 @@ A concept is a code point sequence without skin tone, gender and direction; emoj
 series such as clock faces or families, are one concept. For clip art it is the folder and the first word of the file
 name. Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most 2 bits,
 over both domains. The split is drawn by the hash of the concept's name (10 % test and 4 % val of emoji, 5 % and 2 % of
-clip art); concepts of more than 20 pictures, and those that hold pictures of both domains, stay in train. Of clip
-art, at most 40 pictures of one folder and first word are kept.
+clip art); concepts of more than 20 pictures, those that hold pictures of both domains, and series of look-alikes found
+by eye (arrows, cat faces, clouds, smiles ...) stay in train. Of clip art, at most 40 pictures of one folder and first word are kept.
 
 ## Left out
 {dropped}
 
 ## Limits
-Drawings on white, no photographs. English names as captions, with the style as their last word. Clip art of the 2000s,
-by many hands, some with writing. Names follow
-Unicode, so "person" is often drawn in one way only.
+Drawings on white; a few pieces of clip art are photographs. English names as captions, with the style as their last
+word. Clip art of the 2000s, by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one
+way only.
 """
 
 

@@ -170,7 +170,7 @@ class TeacherRecipe(Config):
     denoiser: DenoiserPlan
     autoencoder_stage: StageConfig
     denoiser_stage: StageConfig
-    init_from: str | None = None  # go on from the weights of a saved model, with a fresh optimiser
+    init_from: str | None = None  # start from the weights of a saved model; autoencoder_stage.steps 0 keeps its latents
     sample: SampleConfig = SampleConfig()
     run: RunConfig = RunConfig()
 

@@ -53,8 +53,9 @@ def test_latents_have_about_unit_variance(folder: Path, recipe: TeacherRecipe) -
 
 
 def test_going_on_from_a_model_leaves_its_autoencoder(folder: Path, recipe: TeacherRecipe, tmp_path: Path) -> None:
-    """And moves everything else: foundation, module and text encoder."""
-    further = recipe.model_copy(update={"output_dir": str(tmp_path), "init_from": str(folder)})
+    """Where its stage has no steps. And moves everything else: foundation, module and text encoder."""
+    kept = {"init_from": str(folder), "autoencoder_stage": stage(0, (1, 0, 0))}
+    further = recipe.model_copy(update={"output_dir": str(tmp_path), **kept})
     before, after = load(str(folder)), load(str(train_teacher(further)))
     assert not (tmp_path / "autoencoder").exists()
     for key, value in before.vae.state_dict().items():

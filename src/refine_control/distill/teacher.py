@@ -35,7 +35,7 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     labelled, unlabelled = open_pictures(recipe.data)
     model = _fresh_or_loaded(recipe, labelled)
     model.to(pick_device(recipe.run.device))
-    if not recipe.init_from:
+    if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
     model.save(folder / "model", torch.float16)
