@@ -29,7 +29,8 @@ series such as clock faces or families, are one concept. For clip art it is the 
 name. Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most 2 bits,
 over both domains. The split is drawn by the hash of the concept's name (10 % test and 4 % val of emoji, 5 % and 2 % of
 clip art); concepts of more than 20 pictures, those that hold pictures of both domains, and series of look-alikes found
-by eye (arrows, cat faces, clouds, smiles ...) stay in train. Of clip art, at most 40 pictures of one folder and first word are kept.
+by eye (arrows, cat faces, clouds, smiles ...) stay in train. Of clip art, at most 40
+pictures of one folder and first word are kept.
 
 ## Left out
 {dropped}

@@ -283,7 +283,7 @@ def write(pictures: list[Picture], splits: dict[str, str], out: Path, quality: i
 
 
 def main() -> None:
-    """Concepts of both domains stay in train, lest one domain's test be the other's training; so do twins seen by eye."""
+    """Concepts of both domains stay in train, lest one's test be the other's training; so do twins seen by eye."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, required=True, help="the folder with the unpacked sources")
     parser.add_argument("--out", type=Path, default=Path("data"))

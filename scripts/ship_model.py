@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from refine_control.diffusion.model import ZOO, load
+from refine_control.diffusion.store import ZOO, load, save
 from refine_control.evaluate.compare import BASELINES
 from results_page import table
 
@@ -98,7 +98,7 @@ def main() -> None:
     target = ZOO / args.name
     aside = ZOO / f".{args.name}.part"
     shutil.rmtree(aside, ignore_errors=True)
-    load(str(folder)).save(aside, torch.float16)
+    save(load(str(folder)), aside, torch.float16)
     stages = ("autoencoder", "denoiser") if is_teacher else ("stage1", "stage2")
     sizes = {s: recipe.get(f"{s}_stage", recipe.get(s))["batch_size"] for s in stages}
     command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{args.name}.yaml"

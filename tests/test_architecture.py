@@ -38,7 +38,7 @@ def rooms_imported(code: str) -> set[str]:
     ("code", "rooms"),
     [
         ("import refine_control.data.batch", {"data"}),
-        ("from refine_control.diffusion.model import load", {"diffusion"}),
+        ("from refine_control.diffusion.store import load", {"diffusion"}),
         ("from refine_control import recipe, __version__", {"recipe"}),
         ("def f():\n    from refine_control.cli import main", {"cli"}),
         ("import torch\nfrom pathlib import Path", set()),

@@ -13,6 +13,7 @@ from PIL import Image
 
 import tiny
 from refine_control.cli import main
+from refine_control.diffusion import store
 
 TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task": 1, "output": 1, "feature": 0.5}}
 
@@ -21,7 +22,7 @@ TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task"
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny teacher, captioned and plain pictures, and a recipe that uses them."""
     root = tmp_path_factory.mktemp("work")
-    tiny.tiny_model().save(root / "teacher")
+    store.save(tiny.tiny_model(), root / "teacher")
     tiny.write_folder(root / "captioned", 6)
     tiny.write_folder(root / "plain", 5, captioned=False)
     recipe = {
@@ -203,7 +204,7 @@ def test_a_run_of_another_recipe_is_not_overwritten(
 
 
 def test_teacher_is_trained_by_the_same_loop(workplace: Path, tmp_path: Path) -> None:
-    from refine_control.diffusion.model import load
+    from refine_control.diffusion.store import load
 
     stage = {"steps": 2, "batch_size": 4, "weights": {"task": 1}}
     recipe = {

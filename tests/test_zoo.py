@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refine_control.cli import main
-from refine_control.diffusion.model import ZOO, load
+from refine_control.diffusion.store import ZOO, load
 from refine_control.recipe import DistilRecipe
 from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, cost

@@ -12,7 +12,8 @@ from PIL import Image
 from refine_control.data.batch import Batch
 from refine_control.data.example import Example
 from refine_control.data.loader import Loader, Pictures
-from refine_control.diffusion.model import Denoiser, Model, build_autoencoder, build_denoiser, build_text
+from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text
+from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import scheduler_config
 from refine_control.recipe import (
     AutoencoderPlan,

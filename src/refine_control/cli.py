@@ -233,7 +233,7 @@ def _data(args: argparse.Namespace) -> None:
 
 def _student(args: argparse.Namespace) -> None:
     from refine_control import recipe
-    from refine_control.diffusion.model import load
+    from refine_control.diffusion.store import load
     from refine_control.student.plan import plan_table
 
     loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)

@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refine_control.diffusion.model import Model, build_autoencoder, build_text, load, resolve
+from refine_control.diffusion.build import build_autoencoder, build_text
+from refine_control.diffusion.model import Model
+from refine_control.diffusion.store import load, resolve, save
 from refine_control.errors import ModelError
 from tiny import AUTOENCODER, TEXT, WORDS, batch, plan, tiny_denoiser, tiny_model
 
@@ -49,12 +51,12 @@ def model(request: pytest.FixtureRequest) -> Model:
 @pytest.fixture
 def folder(teacher: Model, tmp_path: Path) -> Path:
     """A saved model that a test may break."""
-    teacher.save(tmp_path / "model")
+    save(teacher, tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_saved_then_loaded_is_equal(model: Model, tmp_path: Path) -> None:
-    model.save(tmp_path)
+    save(model, tmp_path)
     loaded = load(str(tmp_path))
     for before, after in zip(outputs(model), outputs(loaded), strict=True):
         assert torch.equal(before, after)
@@ -65,7 +67,7 @@ def test_saved_then_loaded_is_equal(model: Model, tmp_path: Path) -> None:
 
 
 def test_half_precision_loads_as_float32(model: Model, tmp_path: Path) -> None:
-    model.save(tmp_path, torch.float16)
+    save(model, tmp_path, torch.float16)
     kept = load_file(tmp_path / "unet" / WEIGHTS["unet"])
     assert {tensor.dtype for tensor in kept.values()} == {torch.float16}
     loaded = load(str(tmp_path))
@@ -77,14 +79,14 @@ def test_half_precision_loads_as_float32(model: Model, tmp_path: Path) -> None:
 def test_saving_does_not_touch_the_model(tmp_path: Path) -> None:
     model = tiny_model()
     before = outputs(model)
-    model.save(tmp_path, torch.float16)
+    save(model, tmp_path, torch.float16)
     for old, new in zip(before, outputs(model), strict=True):
         assert torch.equal(old, new)
 
 
 def test_a_failing_save_leaves_the_older_model(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
-    model.save(folder)
+    save(model, folder)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
@@ -92,7 +94,7 @@ def test_a_failing_save_leaves_the_older_model(model: Model, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(type(model.vae), "save_pretrained", full)
         with pytest.raises(OSError, match="No space left"):
-            tiny_model(seed=1).save(folder)
+            save(tiny_model(seed=1), folder)
     for before, after in zip(outputs(model), outputs(load(str(folder))), strict=True):
         assert torch.equal(before, after)
 
@@ -102,7 +104,7 @@ def noise_of(model: Model) -> dict:
 
 
 def test_stock_pipelines_run_the_folder(model: Model, tmp_path: Path) -> None:
-    model.save(tmp_path)
+    save(model, tmp_path)
     picture, hole = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
     known = -torch.ones(1, 3, 16, 16)
     for kind, pictures in (
@@ -157,7 +159,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 
 def test_an_unknown_zoo_name_lists_the_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refine_control.diffusion.model.ZOO", tmp_path)
+    monkeypatch.setattr("refine_control.diffusion.store.ZOO", tmp_path)
     assert "there are: none yet" in refused("zoo:nobody")
     (tmp_path / "somebody").mkdir()
     (tmp_path / "somebody" / "model_index.json").write_text("{}")
@@ -231,5 +233,5 @@ def other_widths(model: Model) -> Model:
 def test_parts_that_do_not_belong_together(
     teacher: Model, tmp_path: Path, mismatch: Callable[[Model], Model], numbers: str
 ) -> None:
-    mismatch(teacher).save(tmp_path)
+    save(mismatch(teacher), tmp_path)
     assert refused(tmp_path).endswith(f"differ, {numbers}")

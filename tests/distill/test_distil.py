@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from refine_control import recipe as recipes
 from refine_control.data.loader import Loader
-from refine_control.diffusion.model import load
+from refine_control.diffusion import store
+from refine_control.diffusion.store import load
 from refine_control.distill import checkpoint
 from refine_control.distill.distil import Distiller, distil
 from refine_control.errors import ModelError, RecipeError
@@ -20,7 +21,7 @@ from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
     """Three steps on captioned pictures, three with plain ones mixed in. No latents are kept, so runs compute alike."""
     root = tmp_path_factory.mktemp("distil")
-    tiny_model().save(root / "teacher")
+    store.save(tiny_model(), root / "teacher")
     data = {
         "labelled": str(write_folder(root / "labelled", 5)),
         "unlabelled": str(write_folder(root / "plain", 4, captioned=False)),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refine_control.diffusion.model import load
+from refine_control.diffusion.store import load
 from refine_control.distill.teacher import autoencoder_losses, open_pictures, teacher_losses, train_teacher
 from refine_control.recipe import SampleConfig, TeacherRecipe
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder

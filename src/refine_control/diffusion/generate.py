@@ -10,8 +10,8 @@ from PIL import Image
 
 from refine_control.data.controls import inpaint_control
 from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
-from refine_control.diffusion.model import load
 from refine_control.diffusion.sample import paste, sample
+from refine_control.diffusion.store import load
 from refine_control.errors import DataError
 from refine_control.recipe import SampleConfig
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from refine_control.data.loader import Loader, derive_seed
+from refine_control.diffusion import store
 from refine_control.diffusion.encode import Encoder
-from refine_control.diffusion.model import Denoiser, load
+from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import pick_device, set_threads, train
@@ -29,7 +30,7 @@ class Distiller:
     def __init__(self, teacher: str, data: DataConfig, run: RunConfig) -> None:
         set_threads(run)
         self.data = data
-        self.teacher = load(teacher, pick_device(run.device)).freeze()
+        self.teacher = store.load(teacher, pick_device(run.device)).freeze()
         if data.resolution != self.teacher.resolution:
             raise ModelError(
                 f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
@@ -47,7 +48,7 @@ class Distiller:
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
                 self._train(folder / name, student, bridges, stage, recipe)
-        replace(self.teacher, denoiser=student).save(folder / "student")
+        store.save(replace(self.teacher, denoiser=student), folder / "student")
         return folder / "student"
 
     def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import open_dataset
+from refine_control.diffusion import store
+from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text
 from refine_control.diffusion.encode import Encoder
-from refine_control.diffusion.model import Model, build_autoencoder, build_denoiser, build_text, load
+from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, pick_device, set_threads, train
@@ -38,7 +40,7 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
-    model.save(folder / "model", torch.float16)
+    store.save(model, folder / "model", torch.float16)
     return folder / "model"
 
 
@@ -54,7 +56,7 @@ def open_pictures(
 
 def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures) -> Model:
     if recipe.init_from:
-        return load(recipe.init_from)
+        return store.load(recipe.init_from)
     vae = build_autoencoder(recipe.autoencoder)
     captions = [labelled[i].text or "" for i in range(labelled.examples)]
     text_encoder, tokenizer = build_text(recipe.text, captions)

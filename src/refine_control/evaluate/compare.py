@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refine_control import __version__
-from refine_control.diffusion.model import load
+from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.diffusion.model import load, resolve
+from refine_control.diffusion.store import load, resolve
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import open_pictures
 from refine_control.evaluate.features import efficientnet_lite0, standard

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from refine_control.diffusion.model import Denoiser, Model, build_denoiser
+from refine_control.diffusion.build import build_denoiser
+from refine_control.diffusion.model import Denoiser, Model
 from refine_control.errors import RecipeError
 from refine_control.recipe import DenoiserPlan
 
