@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader
 from refine_control.distill.distil import Distiller
 from refine_control.distill.loop import train
-from refine_control.distill.stages import distillation_losses
+from refine_control.distill.stages import Distillation
 from refine_control.evaluate.compare import machine
 from refine_control.recipe import DistilRecipe, load
 from refine_control.student.plan import probe
@@ -79,15 +78,12 @@ def measure(recipe: DistilRecipe, count: int) -> dict:
             teacher.denoiser(*inputs)
         student(*inputs).square().mean().backward()
 
-    loader = Loader(
-        distiller.labelled, distiller.unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, recipe.seed
-    )
+    loader = distiller.loader(recipe, stage, "benchmark")
     pool = count // 3
     batches = Interleaved(loader, floor, pool)
     with tempfile.TemporaryDirectory() as folder:
-        losses = distillation_losses(student, teacher, bridges, distiller.encoder, stage)
-        trainable = nn.ModuleDict({"student": student, "bridges": bridges})
-        train(Path(folder) / "step", losses, stage.weights.model_dump(), batches, trainable, stage, recipe.run)
+        objective = Distillation(student, teacher, bridges, distiller.encoder, stage)
+        train(Path(folder) / "step", objective, stage.weights.model_dump(), batches, stage, recipe.run)
     warm = slice(pool, None)
     steps, floors, waits = (np.array(x[warm]) for x in (batches.steps, batches.floors, batches.waits))
     ratios = steps[: len(floors)] / floors[: len(steps)]

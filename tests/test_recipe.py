@@ -152,7 +152,7 @@ def test_an_unknown_key_is_named_beside_the_known(small: Path, key: str, known: 
         ("stage1.steps", "many"),
         ("stage1.labelled_fraction", "1.5"),
         ("stage1.ema_decay", "1"),
-        ("stage1.feature_norm", "batch"),
+        ("feature_norm", "batch"),
         ("stage1.weights.task", "-1"),
         ("stage1.snr_gamma", "0"),
         ("data.resolution", "0"),

@@ -127,7 +127,6 @@ class StageConfig(Config):
     task_on_unlabelled: bool = True  # the noise is known without any label
     caption_dropout: float = Field(0.1, ge=0, le=1)
     snr_gamma: PositiveFloat | None = None  # min-SNR weighting (2303.09556); with v it silences pure noise
-    feature_norm: Literal["channel", "l2", "none"] = "channel"
 
 
 class RunConfig(Config):
@@ -186,6 +185,7 @@ class DistilRecipe(Config):
     student: DenoiserPlan
     init: Literal["teacher", "random"] = "teacher"
     alignment: Literal["auto"] | dict[str, str] = "auto"
+    feature_norm: Literal["channel", "l2", "none"] = "channel"
     stage1: StageConfig
     stage2: StageConfig
     sample: SampleConfig = SampleConfig()

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refine_control.data.batch import Batch
+from refine_control.data.batch import Batch, derive_seed
 from refine_control.data.example import Example
-from refine_control.data.loader import Loader, Pictures, derive_seed, make_batch, shuffled
+from refine_control.data.loader import Loader, Pictures, make_batch, shuffled
 from refine_control.errors import DataError
 from refine_control.recipe import DataConfig, MaskConfig
 from tiny import DATA, SIDE, WORDS, examples, loader
@@ -27,19 +27,36 @@ def same(a: Batch, b: Batch) -> dict[str, bool]:
 # The order of pictures
 
 
-@given(n=st.integers(1, 20), start=st.integers(0, 100), rows=st.integers(1, 50), seed=st.integers(0, 2**63 - 1))
-def test_every_n_in_a_row_are_a_permutation(n: int, start: int, rows: int, seed: int) -> None:
-    stream = shuffled(n, range(start + rows), seed)
-    for epoch in range((start + rows) // n):
-        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
-    assert shuffled(n, range(start, start + rows), seed) == stream[start:], "wherever one begins to read"
+def stream(n: int, positions: range, seed: int) -> list[int]:
+    return [shuffled(position, n, seed) for position in positions]
+
+
+@given(n=st.integers(1, 70), epoch=st.integers(0, 10**9), seed=st.integers(0, 2**63 - 1))
+def test_every_n_in_a_row_are_a_permutation(n: int, epoch: int, seed: int) -> None:
+    assert sorted(stream(n, range(epoch * n, (epoch + 1) * n), seed)) == list(range(n))
 
 
 def test_each_pass_and_each_seed_has_its_own_order() -> None:
-    first, second, other = shuffled(50, range(50), 0), shuffled(50, range(50, 100), 0), shuffled(50, range(50), 1)
+    first, second, other = stream(50, range(50), 0), stream(50, range(50, 100), 0), stream(50, range(50), 1)
     assert first != second
     assert first != other
     assert first != list(range(50))
+
+
+def test_every_place_is_as_likely_for_a_picture() -> None:
+    """Over 3,000 passes, how often picture i comes at place j: chi-squared of 144 cells with 121 degrees of freedom."""
+    counts = np.zeros((12, 12))
+    for epoch in range(3000):
+        counts[range(12), stream(12, range(12 * epoch, 12 * (epoch + 1)), 7)] += 1
+    chi_squared = ((counts - 250) ** 2 / 250).sum()
+    assert 70 < chi_squared < 190, chi_squared
+
+
+def test_a_stream_over_a_hundred_million_pictures_starts_anywhere() -> None:
+    n = 10**8
+    late = stream(n, range(37 * n + 5, 37 * n + 1005), 3)
+    assert len(set(late)) == 1000
+    assert all(0 <= number < n for number in late)
 
 
 def test_batches_walk_through_all_pictures() -> None:
@@ -139,6 +156,32 @@ def test_generators_start_from_the_batchs_seed() -> None:
     assert torch.equal(torch.rand(3, generator=batch.generator()), torch.rand(3, generator=batch.generator()))
     other = loader(2)(1)
     assert not torch.equal(torch.rand(3, generator=batch.generator()), torch.rand(3, generator=other.generator()))
+
+
+# Sharing out
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("labelled_fraction", [1.0, 0.5])
+def test_the_parts_of_a_step_make_up_its_whole_batch(parts: int, labelled_fraction: float) -> None:
+    """Pictures, masks, captions and noise: whoever computes a row, it is the same row."""
+    load = loader(8, labelled_fraction)
+    whole = load(3)
+    noise = whole.noise((2, 3))
+    for part in range(parts):
+        shared = load(3, part, parts)
+        rows = list(shared.rows)
+        assert rows == list(range(part, 8, parts))
+        for name in ("image", "mask", "labelled", "index"):
+            assert torch.equal(getattr(shared, name), getattr(whole, name)[rows]), name
+        assert shared.captions == tuple(whole.captions[row] for row in rows)
+        assert torch.equal(shared.noise((2, 3)), noise[rows])
+        assert (shared.seed, shared.whole) == (whole.seed, 8)
+
+
+def test_more_processes_than_rows() -> None:
+    with pytest.raises(DataError, match="a batch of 2 rows has no row for process 3 of 3"):
+        loader(2)(0, 2, 3)
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=4), st.lists(st.integers(0, 99), min_size=1, max_size=4))

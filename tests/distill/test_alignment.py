@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
@@ -10,7 +10,7 @@ from refine_control.distill.alignment import Bridges, automatic_map, check_map
 from refine_control.errors import RecipeError
 from refine_control.recipe import DenoiserPlan
 from refine_control.student.plan import probe
-from tiny import STUDENT, plan, tiny_denoiser, tiny_model
+from tiny import STUDENT, plan, tiny_denoiser
 
 TEACHER = {
     "module.down_blocks.0": (32, 16, 16),
@@ -130,19 +130,71 @@ def test_downsampling_leaves_out_no_student_pixel() -> None:
     torch.testing.assert_close(feature.grad.sum(), torch.tensor(4.0))
 
 
-def test_targets_are_the_teachers_own_tensors() -> None:
+def test_targets_are_those_of_the_mapped_teacher_points() -> None:
     mapping = {"foundation.down_blocks.0": "foundation.down_blocks.2", "module.mid_block": "module.mid_block"}
     features = {point: torch.randn(1, *shape) for point, shape in TEACHER.items()}
     targets = Bridges(mapping, TEACHER, TEACHER).targets(features)
-    assert {ours: id(tensor) for ours, tensor in targets.items()} == {
-        ours: id(features[theirs]) for ours, theirs in mapping.items()
-    }
+    assert targets.keys() == mapping.keys()
+    for ours, theirs in mapping.items():
+        assert torch.equal(targets[ours], features[theirs])
 
 
-def test_bridges_are_no_part_of_the_student() -> None:
-    model = tiny_model(STUDENT)
-    names = set(model.denoiser.state_dict())
-    shapes = feature_shapes(model.denoiser, probe(model))
-    bridges = Bridges(automatic_map(shapes, shapes), shapes, shapes)
-    assert set(model.denoiser.state_dict()) == names
-    assert not {id(p) for p in bridges.parameters()} & {id(p) for p in model.denoiser.parameters()}
+# Norms
+
+POINT, SHAPES = "module.mid_block", {"module.mid_block": (4, 5, 5)}
+
+
+def measured(kind: str, *features: Tensor) -> Bridges:
+    bridges = Bridges({POINT: POINT}, SHAPES, SHAPES)
+    bridges.measure([{POINT: feature} for feature in features], kind)
+    return bridges
+
+
+def some_features() -> list[Tensor]:
+    """Two batches whose channels have means 5, -3, 0, 1 and deviations 0.1, 1, 10, 1000."""
+    scale, shift = torch.tensor([0.1, 1, 10, 1000]).view(1, 4, 1, 1), torch.tensor([5.0, -3, 0, 1]).view(1, 4, 1, 1)
+    return [torch.randn(3, 4, 5, 5) * scale + shift for _ in range(2)]
+
+
+def test_channel_norm_gives_each_channel_mean_0_and_variance_1() -> None:
+    features = some_features()
+    bridges = measured("channel", *features)
+    normalised = (
+        torch.cat([bridges.targets({POINT: feature})[POINT] for feature in features]).transpose(0, 1).flatten(1)
+    )
+    torch.testing.assert_close(normalised.mean(1), torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(normalised.var(1, correction=0), torch.ones(4), rtol=1e-3, atol=0)
+
+
+def test_l2_norm_gives_the_feature_a_mean_square_of_1() -> None:
+    features = some_features()
+    bridges = measured("l2", *features)
+    normalised = torch.cat([bridges.targets({POINT: feature})[POINT] for feature in features])
+    torch.testing.assert_close(normalised.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(normalised * (torch.cat(features) / normalised).mean(), torch.cat(features))
+
+
+def test_no_norm_changes_nothing() -> None:
+    feature = some_features()[0]
+    assert torch.equal(measured("none", feature).targets({POINT: feature})[POINT], feature)
+
+
+def test_a_dead_channel_is_borne() -> None:
+    dead = torch.full((2, 4, 5, 5), 5.0)
+    assert torch.equal(measured("channel", dead).targets({POINT: dead})[POINT], torch.zeros_like(dead))
+
+
+def test_a_rows_target_does_not_depend_on_its_neighbours() -> None:
+    """As it would if the batch's own mean and variance were taken."""
+    batch, other = some_features()
+    bridges = measured("channel", batch)
+    whole = bridges.targets({POINT: torch.cat([batch[:1], other])})[POINT]
+    assert torch.equal(bridges.targets({POINT: batch[:1]})[POINT], whole[:1])
+
+
+def test_norms_are_kept_with_the_bridges_and_learn_nothing() -> None:
+    bridges, fresh = measured("channel", *some_features()), measured("none", *some_features())
+    fresh.load_state_dict(bridges.state_dict())
+    feature = some_features()[0]
+    assert torch.equal(fresh.targets({POINT: feature})[POINT], bridges.targets({POINT: feature})[POINT])
+    assert all(name.startswith("projections") for name, _ in bridges.named_parameters())

@@ -17,7 +17,7 @@ import tiny
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
-from refine_control.distill.stages import distillation_losses
+from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.student.plan import probe
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -42,8 +42,9 @@ def seeded_losses() -> dict[str, dict[str, float]]:
     result = {}
     for name, fraction, task_on_unlabelled in (("stage 1", 1.0, True), ("stage 2", 0.5, False)):
         stage = tiny.stage(labelled_fraction=fraction, task_on_unlabelled=task_on_unlabelled)
-        losses = distillation_losses(student, teacher, bridges, FixedText(teacher, 0.01), stage)
-        terms = losses(tiny.batch(labelled_fraction=fraction))
+        encoder, batch = FixedText(teacher, 0.01), tiny.batch(labelled_fraction=fraction)
+        bridges.measure(teacher_features(bridges.teacher_points, teacher, encoder, stage, [batch]), "channel")
+        terms = Distillation(student, teacher, bridges, encoder, stage)(batch)
         result[name] = {term: value.item() for term, value in terms.items()}
     return result
 

@@ -1,7 +1,6 @@
 """The loop learns, logs what it says, averages, and goes on after any interruption as if there had been none."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import Losses, learning_rate, pick_device, set_threads, train
-from refine_control.distill.stages import distillation_losses
+from refine_control.distill.stages import Distillation
 from refine_control.errors import UserError
 from refine_control.recipe import RunConfig
 from refine_control.student.plan import probe
@@ -36,7 +35,7 @@ class Toy(nn.Module):
         self.still = nn.Parameter(torch.ones(2), requires_grad=False)
         self.seen: list[Tensor] = []  # the weights at the start of each step
 
-    def losses(self, batch: Batch) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         self.seen.append(self.x.detach().clone())
         goal = torch.randn(4, generator=batch.generator())
         return {"near": (self.x - goal).square().mean(), "small": self.x.square().sum()}
@@ -50,7 +49,7 @@ def toy(
     folder: Path, model: Toy, weights: tuple[float, float] = (1, 0.1), run: RunConfig = RUN, **changes: object
 ) -> Toy:
     config = stage(**{"learning_rate": 0.1, **changes})
-    train(folder, model.losses, dict(zip(("near", "small"), weights, strict=True)), numbered, model, config, run)
+    train(folder, model, dict(zip(("near", "small"), weights, strict=True)), numbered, config, run)
     return model
 
 
@@ -67,17 +66,14 @@ def no_seconds(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def interrupted_at(
-    step: int, losses: Callable[[Batch], Losses], error: type[BaseException]
-) -> Callable[[Batch], Losses]:
+def interrupted_at(step: int, objective: nn.Module, error: type[BaseException]) -> None:
     calls = iter(range(10**6))
 
-    def wrapped(batch: Batch) -> Losses:
+    def stop(*_: object) -> None:
         if next(calls) == step:
             raise error
-        return losses(batch)
 
-    return wrapped
+    objective.register_forward_pre_hook(stop)
 
 
 # It learns
@@ -88,9 +84,8 @@ def test_a_student_learns_one_batch(teacher: Model, tmp_path: Path) -> None:
     shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
     bridges = Bridges(automatic_map(*shapes), *shapes)
     config = stage(steps=25, learning_rate=3e-3, caption_dropout=0)
-    losses = distillation_losses(student, teacher, bridges, Encoder(teacher, 0.1), config)
-    trainable = nn.ModuleDict({"student": student, "bridges": bridges})
-    train(tmp_path, losses, config.weights.model_dump(), lambda step: batch(4, 0.5), trainable, config, RUN)
+    objective = Distillation(student, teacher, bridges, Encoder(teacher, 0.1), config)
+    train(tmp_path, objective, config.weights.model_dump(), lambda step: batch(4, 0.5), config, RUN)
     log = log_of(tmp_path)
     assert len(log) == 25
     for term in ("loss", "task", "output", "feature"):
@@ -186,8 +181,8 @@ def test_previews_see_the_average_and_leave_no_trace(tmp_path: Path) -> None:
     run = SAVED_OFTEN.model_copy(update={"preview_every": 2})
     config = stage(steps=5, learning_rate=0.1)
     weights = {"near": 1, "small": 0.1}
-    train(tmp_path / "shown", shown.losses, weights, numbered, shown, config, run, preview)
-    train(tmp_path / "quiet", quiet.losses, weights, numbered, quiet, config, run)
+    train(tmp_path / "shown", shown, weights, numbered, config, run, preview)
+    train(tmp_path / "quiet", quiet, weights, numbered, config, run)
     assert list(previews) == ["preview-000002.png", "preview-000004.png", "preview-000005.png"]
     assert torch.equal(previews["preview-000005.png"], shown.x)
     assert torch.equal(shown.x, quiet.x)
@@ -202,7 +197,7 @@ def test_previews_see_the_average_and_leave_no_trace(tmp_path: Path) -> None:
 def test_interrupted_and_run_again_equals_uninterrupted(tmp_path: Path, at: int, error: type[BaseException]) -> None:
     whole = toy(tmp_path / "whole", Toy(), run=SAVED_OFTEN, steps=7)
     half = Toy()
-    half.losses = interrupted_at(at, half.losses, error)
+    interrupted_at(at, half, error)
     with pytest.raises(error):
         toy(tmp_path / "half", half, run=SAVED_OFTEN, steps=7)
     again = toy(tmp_path / "half", Toy(), run=SAVED_OFTEN, steps=7)
@@ -225,11 +220,10 @@ def test_a_distillation_interrupted_equals_uninterrupted(teacher: Model, tmp_pat
         with torch.random.fork_rng():
             torch.manual_seed(0)
             bridges = Bridges(automatic_map(*shapes), *shapes)
-        trainable = nn.ModuleDict({"student": student, "bridges": bridges})
-        losses = distillation_losses(student, teacher, bridges, Encoder(teacher, 1e-12), config)
-        losses = interrupted_at(stop_at, losses, KeyboardInterrupt)
-        train(folder, losses, config.weights.model_dump(), batches, trainable, config, SAVED_OFTEN)
-        return trainable.state_dict()
+        objective = Distillation(student, teacher, bridges, Encoder(teacher, 1e-12), config)
+        interrupted_at(stop_at, objective, KeyboardInterrupt)
+        train(folder, objective, config.weights.model_dump(), batches, config, SAVED_OFTEN)
+        return objective.state_dict()
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -242,7 +236,7 @@ def test_a_distillation_interrupted_equals_uninterrupted(teacher: Model, tmp_pat
 
 def test_seconds_go_on_after_an_interruption(tmp_path: Path) -> None:
     half = Toy()
-    half.losses = interrupted_at(4, half.losses, KeyboardInterrupt)
+    interrupted_at(4, half, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path, half, run=SAVED_OFTEN, steps=6)
     lines = log_of(tmp_path)
@@ -270,7 +264,7 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
 def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
     """What a power cut in the middle of a write leaves behind."""
     half = Toy()
-    half.losses = interrupted_at(3, half.losses, KeyboardInterrupt)
+    interrupted_at(3, half, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path, half, run=SAVED_OFTEN, steps=5)
     with open(tmp_path / "losses.jsonl", "a") as log:
@@ -282,8 +276,8 @@ def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> N
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, bad: float) -> None:
     model = Toy()
-    true = model.losses
-    model.losses = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.tensor(bad, requires_grad=True)}
+    true = model.forward
+    model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.tensor(bad, requires_grad=True)}
     with pytest.raises(UserError) as caught:
         toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
     assert str(caught.value).startswith(f"step 3: loss is not finite (near = {bad:g}, small = ")

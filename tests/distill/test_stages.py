@@ -12,7 +12,7 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
-from refine_control.distill.stages import distillation_losses
+from refine_control.distill.stages import Distillation
 from refine_control.recipe import DenoiserPlan, StageConfig
 from refine_control.student.plan import probe
 from tiny import STUDENT, batch, plan, stage, tiny_denoiser, tiny_model
@@ -27,7 +27,7 @@ def bridged(student: Denoiser, teacher: Model) -> Bridges:
 
 def terms_of(teacher: Model, config: StageConfig, rows: Batch, student: Denoiser | None = None) -> dict[str, Tensor]:
     student = student or tiny_denoiser(STUDENT, seed=1)
-    return distillation_losses(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), config)(rows)
+    return Distillation(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), config)(rows)
 
 
 def runs_of(network: nn.Module) -> list[None]:
@@ -48,7 +48,7 @@ def test_every_student_parameter_learns_and_no_teacher_parameter(shape: Denoiser
     learning = [*student.named_parameters(prefix="student"), *bridges.named_parameters(prefix="bridges")]
     optimizer = torch.optim.AdamW([p for _, p in learning], lr=0.1)
 
-    terms = distillation_losses(student, teacher, bridges, Encoder(teacher, 0.1), stage())(batch(4, labelled_fraction))
+    terms = Distillation(student, teacher, bridges, Encoder(teacher, 0.1), stage())(batch(4, labelled_fraction))
     assert set(terms) == {"task", "output", "feature"}
     torch.stack(list(terms.values())).sum().backward()
     assert [name for name, p in learning if p.grad is None or not p.grad.any()] == []
@@ -77,7 +77,7 @@ def test_from_scratch_never_runs_the_teacher() -> None:
     bridges, encoder = bridged(student, teacher), Encoder(teacher, 0.1)
     runs = runs_of(teacher.denoiser)
     scratch, distilled = (
-        distillation_losses(student, teacher, bridges, encoder, stage(weights=w)) for w in ((1, 0, 0), (1, 1, 1))
+        Distillation(student, teacher, bridges, encoder, stage(weights=w)) for w in ((1, 0, 0), (1, 1, 1))
     )
     assert set(scratch(batch())) == {"task"}
     assert not runs
@@ -99,7 +99,7 @@ def test_a_student_that_is_its_teacher_has_no_output_loss(teacher: Model) -> Non
 
 def test_the_same_batch_gives_the_same_losses(teacher: Model) -> None:
     student = tiny_denoiser(STUDENT, seed=1)
-    losses = distillation_losses(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), stage())
+    losses = Distillation(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), stage())
     torch.manual_seed(1)
     first = losses(batch(4, 0.5))
     torch.manual_seed(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refine_control.diffusion.store import load
-from refine_control.distill.teacher import autoencoder_losses, open_pictures, teacher_losses, train_teacher
+from refine_control.distill.teacher import Reconstruction, TeacherTask, open_pictures, train_teacher
 from refine_control.recipe import SampleConfig, TeacherRecipe
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
 
@@ -71,7 +71,7 @@ def test_going_on_from_a_model_leaves_its_autoencoder(folder: Path, recipe: Teac
 def test_the_task_reaches_denoiser_and_text_encoder_and_spares_the_autoencoder() -> None:
     model = tiny_model()
     model.vae.requires_grad_(False)
-    terms = teacher_losses(model, stage(caption_dropout=0), cache_gb=0.1)(batch(4, 0.5))
+    terms = TeacherTask(model, stage(caption_dropout=0), cache_gb=0.1)(batch(4, 0.5))
     assert list(terms) == ["task"]
     terms["task"].backward()
     for network in (model.denoiser, model.text_encoder):
@@ -81,7 +81,7 @@ def test_the_task_reaches_denoiser_and_text_encoder_and_spares_the_autoencoder()
 
 def test_every_weight_of_the_autoencoder_learns_and_its_losses_are_repeatable() -> None:
     vae = tiny_model().vae
-    losses = autoencoder_losses(vae)
+    losses = Reconstruction(vae)
     terms = losses(batch())
     torch.stack(list(terms.values())).sum().backward()
     assert [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -1,21 +1,30 @@
-"""What one training step sees."""
+"""What one training step sees, and every random number that it draws."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
+def derive_seed(*parts: int | str) -> int:
+    """One 63-bit seed from what decides it; unlike a sum, no two recipes of parts meet."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with their masks and captions.
+    """B pictures with their masks and captions: a step's rows, or one process's part of them.
 
     image: float32 (B, 3, H, W) in [-1, 1]. mask: float32 (B, 1, H, W), 1 = pixels to fill.
     captions: B strings, '' where there is none. labelled: bool (B,).
     index: int64 (B,), one number for each version of each picture, to keep what was computed of it.
     keys: B names for messages. seed: every random draw of the step starts from it.
+    rows: B places in the step's whole batch, which has `whole` rows. A row's draws depend on the seed and its place
+    alone, so they do not change when the batch is shared out over processes.
     """
 
     image: Tensor
@@ -25,6 +34,8 @@ class Batch:
     index: Tensor
     keys: tuple[str, ...]
     seed: int
+    rows: tuple[int, ...]
+    whole: int
 
     def __len__(self) -> int:
         return len(self.image)
@@ -32,6 +43,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return replace(self, image=self.image.to(device), mask=self.mask.to(device), labelled=self.labelled.to(device))
 
-    def generator(self) -> torch.Generator:
+    def generator(self, *purpose: int | str) -> torch.Generator:
         """A fresh CPU generator: the same draws on every device and after every resume."""
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise, (B, *shape), on the CPU: each row from a generator of its own."""
+        return torch.stack([torch.randn(shape, generator=self.generator("noise", row)) for row in self.rows])

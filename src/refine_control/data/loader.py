@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from refine_control.data.batch import Batch
+from refine_control.data.batch import Batch, derive_seed
 from refine_control.data.example import Example
 from refine_control.data.images import fit_square, fit_square_mask
 from refine_control.data.masks import sample_mask
@@ -27,12 +27,6 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
     def keys(self) -> list[str]: ...
-
-
-def derive_seed(*parts: int | str) -> int:
-    """One 63-bit seed from what decides it; unlike a sum, no two recipes of parts meet."""
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 class Pictures:
@@ -142,31 +136,47 @@ class Loader:
         ):
             raise DataError(f"labelled_fraction {labelled_fraction} of {batch_size} rows is no row; use a larger batch")
 
-    def __call__(self, step: int) -> Batch:
-        counts = (
-            (self.labelled, self.labelled_rows, True),
-            (self.unlabelled, self.batch_size - self.labelled_rows, False),
-        )
-        numbers, examples, labelled = [], [], []
-        for pictures, rows, has_label in counts:
-            if pictures is None or rows == 0:
-                continue
-            offset = 0 if has_label else 1 << 40  # keeps the numbers of the two sets apart
-            for number in shuffled(len(pictures), range(step * rows, (step + 1) * rows), self.seed):
-                numbers.append(offset + number)
-                examples.append(pictures[number])
-                labelled.append(has_label)
-        return make_batch(examples, self.mask_weights, derive_seed(self.seed, "step", step), labelled, numbers)
+    def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """Every `parts`-th row of the step's batch, from row `part` on. The parts of a step make up its whole batch."""
+        rows = range(part, self.batch_size, parts)
+        if not rows:
+            raise DataError(f"a batch of {self.batch_size} rows has no row for process {part + 1} of {parts}")
+        plain_rows = self.batch_size - self.labelled_rows
+        examples, numbers = [], []
+        for row in rows:
+            if row < self.labelled_rows:
+                pictures, offset = self.labelled, 0
+                position = step * self.labelled_rows + row
+            else:
+                pictures, offset = self.unlabelled, 1 << 40  # keeps the numbers of the two sets apart
+                position = step * plain_rows + row - self.labelled_rows
+            assert pictures is not None
+            number = shuffled(position, len(pictures), self.seed)
+            examples.append(pictures[number])
+            numbers.append(offset + number)
+        has_label = [row < self.labelled_rows for row in rows]
+        seed = derive_seed(self.seed, "step", step)
+        return make_batch(examples, self.mask_weights, seed, has_label, numbers, rows, self.batch_size)
 
 
 def make_batch(
-    examples: list[Example], mask_weights: dict[str, float], seed: int, labelled: list[bool], numbers: list[int]
+    examples: list[Example],
+    mask_weights: dict[str, float],
+    seed: int,
+    labelled: list[bool],
+    numbers: list[int],
+    rows: Sequence[int] | None = None,
+    whole: int | None = None,
 ) -> Batch:
-    """Collates examples; a row with a mask of its own keeps it, every other draws one by its own seed."""
+    """Collates examples; a row with a mask of its own keeps it, every other draws one by its own seed.
+
+    rows, whole: the examples' places in a batch that is shared out; by default they are the whole batch.
+    """
+    rows = range(len(examples)) if rows is None else rows
     size = examples[0].image.shape[:2]
     masks = [
         e.mask if e.mask is not None else sample_mask(mask_weights, size, derive_seed(seed, "mask", row))
-        for row, e in enumerate(examples)
+        for row, e in zip(rows, examples, strict=True)
     ]
     return Batch(
         image=torch.from_numpy(np.stack([e.image for e in examples])).permute(0, 3, 1, 2).float() / 127.5 - 1,
@@ -176,14 +186,24 @@ def make_batch(
         index=torch.tensor(numbers),
         keys=tuple(e.key for e in examples),
         seed=seed,
+        rows=tuple(rows),
+        whole=whole or len(examples),
     )
 
 
-def shuffled(n: int, positions: range, seed: int) -> list[int]:
-    """Entries of an endless stream in which every n in a row are a new permutation of 0..n-1."""
-    result = []
-    for epoch in range(positions.start // n, (positions.stop - 1) // n + 1):
-        order = np.random.default_rng([seed & 0xFFFFFFFF, epoch]).permutation(n)
-        low, high = max(positions.start, epoch * n), min(positions.stop, (epoch + 1) * n)
-        result.extend(order[low - epoch * n : high - epoch * n].tolist())
-    return result
+def shuffled(position: int, n: int, seed: int) -> int:
+    """Entry `position` of an endless stream in which every n in a row are a new permutation of 0..n-1.
+
+    A Feistel network over the next even power of two, walked until it lands below n (Black & Rogaway 2002): no table
+    of n entries is ever made, so a stream over 10^8 pictures starts anywhere at once.
+    """
+    epoch, place = divmod(position, n)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    key = derive_seed(seed, "epoch", epoch)
+    while True:
+        high, low = place >> half, place & ((1 << half) - 1)
+        for turn in range(4):
+            high, low = low, high ^ (derive_seed(key, turn, low) & ((1 << half) - 1))
+        place = (high << half) | low
+        if place < n:
+            return place

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from refine_control.data.loader import Loader, derive_seed
+from refine_control.data.batch import derive_seed
+from refine_control.data.loader import Loader
 from refine_control.diffusion import store
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
@@ -16,12 +16,14 @@ from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import pick_device, set_threads, train
 from refine_control.distill.preview import Preview
-from refine_control.distill.stages import distillation_losses
+from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.distill.teacher import open_pictures
 from refine_control.errors import ModelError
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, save
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
+
+MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on
 
 
 class Distiller:
@@ -61,21 +63,31 @@ class Distiller:
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         mapping = automatic_map(ours, theirs) if recipe.alignment == "auto" else recipe.alignment
-        return student, Bridges(mapping, ours, theirs).to(self.teacher.device)
+        bridges = Bridges(mapping, ours, theirs).to(self.teacher.device)
+        if recipe.stage1.weights.feature or recipe.stage2.weights.feature:
+            self._measure(bridges, recipe)
+        return student, bridges
+
+    def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
+        stage = recipe.stage1
+        loader = self.loader(recipe, stage, "norms")
+        batches = (loader(step) for step in range(-(-MEASURED_ROWS // stage.batch_size)))
+        features = teacher_features(bridges.teacher_points, self.teacher, self.encoder, stage, batches)
+        bridges.measure(features, recipe.feature_norm)
+
+    def loader(self, recipe: DistilRecipe, stage: StageConfig, purpose: str) -> Loader:
+        """The batches of a stage: each stage and each seed sees its own."""
+        seed = derive_seed(recipe.seed, purpose)
+        return Loader(self.labelled, self.unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, seed)
 
     def _train(
         self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, recipe: DistilRecipe
     ) -> None:
-        trainable = nn.ModuleDict({"student": student})
-        if stage.weights.feature:
-            trainable["bridges"] = bridges
-        seed = derive_seed(recipe.seed, folder.name)
         train(
             folder,
-            distillation_losses(student, self.teacher, bridges, self.encoder, stage),
+            Distillation(student, self.teacher, bridges, self.encoder, stage),
             stage.weights.model_dump(),
-            Loader(self.labelled, self.unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, seed),
-            trainable,
+            self.loader(recipe, stage, folder.name),
             stage,
             recipe.run,
             Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),

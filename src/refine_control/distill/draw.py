@@ -25,12 +25,12 @@ class Draw:
 
 
 def draw(batch: Batch, latents: Tensor, schedule: NoiseSchedule, caption_dropout: float) -> Draw:
-    """Timesteps are stratified over the batch (Kingma et al. 2021, 2107.00630): less variance for nothing."""
-    generator, rows = batch.generator(), len(batch)
-    u = (torch.rand(1, generator=generator) + torch.randperm(rows, generator=generator) / rows) % 1
-    t = (u * len(schedule)).long().clamp_max(len(schedule) - 1)
-    eps = torch.randn(latents.shape, generator=generator)
-    keep = torch.rand(rows, generator=generator) >= caption_dropout
+    """Timesteps are stratified over the whole batch (Kingma et al. 2021, 2107.00630): less variance for nothing."""
+    generator, rows = batch.generator("draw"), list(batch.rows)
+    u = (torch.rand(1, generator=generator) + torch.randperm(batch.whole, generator=generator) / batch.whole) % 1
+    t = (u[rows] * len(schedule)).long().clamp_max(len(schedule) - 1)
+    keep = (torch.rand(batch.whole, generator=generator) >= caption_dropout)[rows]
+    eps = batch.noise(tuple(latents.shape[1:]))
     t, eps = t.to(latents.device), eps.to(latents)
     return Draw(
         t=t,

@@ -24,41 +24,40 @@ Losses = dict[str, Tensor]
 
 def train(
     folder: Path,
-    losses: Callable[[Batch], Losses],
+    objective: nn.Module,
     weights: Mapping[str, float],
     batches: Callable[[int], Batch],
-    trainable: nn.Module,
     stage: StageConfig,
     run: RunConfig,
     preview: Callable[[Path], None] | None = None,
 ) -> None:
-    """Trains `trainable` for stage.steps steps in all, going on from the newest checkpoint in `folder`.
+    """Trains what requires gradients in `objective` for stage.steps steps in all, from the newest checkpoint on.
 
-    Afterwards `trainable` holds the averaged weights (EMA). `losses` names the terms, `weights` says how they add up.
-    `preview` draws samples with the averaged weights into the path it is given.
+    `objective(batch)` names the terms of the loss, `weights` says how they add up. Afterwards the averaged weights
+    (EMA) are in place. `preview` draws samples with the averaged weights into the path it is given.
 
     Raises:
         UserError: a loss is not finite; the step and its pictures are named, the last checkpoint is untouched.
     """
-    parameters = [p for p in trainable.parameters() if p.requires_grad]
+    parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(  # fused: one pass over the weights, on CPU too
         parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
     )
     ema = EMAModel(parameters, decay=stage.ema_decay, foreach=True)
     newest = checkpoint.latest(folder / "checkpoints")
-    start = checkpoint.restore(newest, trainable, ema.shadow_params, optimizer) if newest else 0
+    start = checkpoint.restore(newest, objective, ema.shadow_params, optimizer) if newest else 0
     ema.optimization_step = start
     device = parameters[0].device
     log = folder / "losses.jsonl"
     seconds_before = _trim_log(log, start)
-    trainable.train()
+    objective.train()
     name = "/".join(folder.parts[-3:])
     bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, unit="step", mininterval=1)
     began = time.monotonic() - seconds_before
     for step in bar:
         batch = batches(step).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.mixed_precision == "bf16"):
-            terms = losses(batch)
+            terms = objective(batch)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
             named = ", ".join(f"{name} = {term.item():g}" for name, term in terms.items())
@@ -81,16 +80,16 @@ def train(
                 file.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if done % run.checkpoint_every == 0 or done == stage.steps:
-            checkpoint.save(folder / "checkpoints", done, trainable, ema.shadow_params, optimizer)
+            checkpoint.save(folder / "checkpoints", done, objective, ema.shadow_params, optimizer)
         if preview and (done % run.preview_every == 0 or done == stage.steps):
             ema.store(parameters)
             ema.copy_to(parameters)
-            trainable.eval()
+            objective.eval()
             preview(folder / f"preview-{done:06d}.png")
-            trainable.train()
+            objective.train()
             ema.restore(parameters)
     ema.copy_to(parameters)
-    trainable.eval()
+    objective.eval()
 
 
 def learning_rate(step: int, stage: StageConfig) -> float:

@@ -4,9 +4,10 @@
 
     L_task = E || s(x_t) - y ||^2        y: the true noise, v or x0, as the schedule says
     L_out  = E || s(x_t) - T(x_t) ||^2   T: the frozen teacher, same x_t, t, text and control
-    L_feat = mean over points p of || B_p(s_p) - norm(T_p) ||^2     B_p: learned bridge on the student's side
+    L_feat = mean over points p of E || B_p(s_p) - n_p(T_p) ||^2
+                                         B_p: learned bridge on the student's side; n_p: a fixed norm of the teacher's
 
-The sum itself stands in loop.py; the weights stand in the recipe. All in float32.
+The sum itself stands in loop.py; the weights stand in the recipe; B and n in alignment.py. All in float32.
 """
 
 from __future__ import annotations
@@ -27,29 +28,9 @@ def output_loss(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
     return (row_weight * _per_row_mse(student, teacher.detach())).mean()
 
 
-def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], norm: str) -> Tensor:
-    """L_feat: mean over points of the mean squared distance to the normalised teacher feature.
-
-    Un-normalised feature terms are ten to a thousand times the others and do not track quality (BK-SDM issues 21, 33).
-
-    Args:
-        student: point -> bridged student feature, (B, C, h, w) as the teacher's.
-        teacher: point -> teacher feature.
-        norm: 'channel' (PKD: each channel to mean 0, variance 1 over the batch), 'l2' (LAPTOP-Diff: divided by the
-            teacher feature's root mean square), 'none' (BK-SDM).
-    """
-    distances = [_feature_distance(student[point], teacher[point].detach(), norm) for point in student]
-    return torch.stack(distances).mean()
-
-
-def _feature_distance(student: Tensor, teacher: Tensor, norm: str) -> Tensor:
-    student, teacher = student.float(), teacher.float()
-    if norm == "channel":
-        mean = teacher.mean((0, 2, 3), keepdim=True)
-        std = teacher.std((0, 2, 3), keepdim=True)
-        return ((student - (teacher - mean) / (std + 1e-5)) ** 2).mean()
-    distance = ((student - teacher) ** 2).mean()
-    return distance / teacher.square().mean().clamp_min(1e-12) if norm == "l2" else distance
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """L_feat. student: point -> bridged feature; teacher: point -> normalised feature, both (B, C, h, w)."""
+    return torch.stack([_per_row_mse(student[point], teacher[point].detach()).mean() for point in student]).mean()
 
 
 def _per_row_mse(a: Tensor, b: Tensor) -> Tensor:

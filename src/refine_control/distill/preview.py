@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from refine_control.data.batch import derive_seed
 from refine_control.data.controls import inpaint_control
-from refine_control.data.loader import Pictures, derive_seed, make_batch
+from refine_control.data.loader import Pictures, make_batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.sample import paste, sample
 from refine_control.recipe import MaskConfig, SampleConfig

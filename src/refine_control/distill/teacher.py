@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +83,8 @@ def _train_autoencoder(
         with torch.no_grad():
             save_grid(path, [fixed.cpu(), model.decode(model.encode(fixed)).cpu()])
 
-    train(
-        folder,
-        autoencoder_losses(model.vae),
-        {"reconstruction": 1.0, "colour": 2.0, "edges": 0.5, "kl": KL_WEIGHT},
-        loader,
-        model.vae,
-        recipe.autoencoder_stage,
-        recipe.run,
-        preview,
-    )
+    weights = {"reconstruction": 1.0, "colour": 2.0, "edges": 0.5, "kl": KL_WEIGHT}
+    train(folder, Reconstruction(model.vae), weights, loader, recipe.autoencoder_stage, recipe.run, preview)
     with torch.no_grad():  # Rombach et al. 2022, section G: latents of unit variance
         modes = model.vae.encode(
             torch.cat([loader(step).image for step in range(8)]).to(model.device)
@@ -101,19 +92,23 @@ def _train_autoencoder(
     model.vae.register_to_config(scaling_factor=float(1 / modes.std()))
 
 
-def autoencoder_losses(vae: Any) -> Callable[[Batch], Losses]:
-    def losses(batch: Batch) -> Losses:
-        posterior = vae.encode(batch.image).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=batch.generator()).to(batch.image)
-        rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
+class Reconstruction(nn.Module):
+    """The autoencoder's losses of a batch."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: Batch) -> Losses:
+        posterior = self.vae.encode(batch.image).latent_dist
+        noise = batch.noise(tuple(posterior.mean.shape[1:])).to(batch.image)
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise).sample
         return {
             "reconstruction": F.l1_loss(rebuilt, batch.image),
             "colour": F.mse_loss(rebuilt, batch.image),  # without it rare hues, such as green, turn grey
             "edges": F.l1_loss(_edges(rebuilt), _edges(batch.image)),
             "kl": posterior.kl().mean(),
         }
-
-    return losses
 
 
 def _edges(image: Tensor) -> Tensor:
@@ -127,29 +122,30 @@ def _train_denoiser(
 ) -> None:
     stage = recipe.denoiser_stage
     model.vae.requires_grad_(False).eval()
-    trainable = nn.ModuleDict({"denoiser": model.denoiser, "text_encoder": model.text_encoder}).requires_grad_(True)
     validation = open_pictures(recipe.data, "val", variants=1)
     train(
         folder,
-        teacher_losses(model, stage, recipe.data.cache_gb),
+        TeacherTask(model, stage, recipe.data.cache_gb),
         stage.weights.model_dump(include={"task"}),
         _loader(recipe, stage, labelled, unlabelled),
-        trainable,
         stage,
         recipe.run,
         Preview(model, validation, recipe.masks, recipe.sample),
     )
 
 
-def teacher_losses(model: Model, stage: StageConfig, cache_gb: float) -> Callable[[Batch], Losses]:
-    """L_task alone, the text encoder learning along."""
-    schedule = NoiseSchedule.from_config(model.scheduler)
-    encoder = Encoder(model, cache_gb)
+class TeacherTask(nn.Module):
+    """L_task of a batch alone, the text encoder learning along."""
 
-    def losses(batch: Batch) -> Losses:
-        d = draw(batch, encoder.latents(batch), schedule, stage.caption_dropout)
-        prediction = model.denoiser(d.x_t, d.t, model.embed(list(d.captions)), d.control)
-        weight = schedule.row_weight(d.t, stage.snr_gamma)
-        return {"task": task_loss(prediction, d.target, weight)}
+    def __init__(self, model: Model, stage: StageConfig, cache_gb: float) -> None:
+        super().__init__()
+        self.denoiser = model.denoiser.requires_grad_(True)
+        self.text_encoder = model.text_encoder.requires_grad_(True)
+        self.model, self.stage = model, stage
+        self.schedule = NoiseSchedule.from_config(model.scheduler)
+        self.encoder = Encoder(model, cache_gb)
 
-    return losses
+    def forward(self, batch: Batch) -> Losses:
+        d = draw(batch, self.encoder.latents(batch), self.schedule, self.stage.caption_dropout)
+        prediction = self.denoiser(d.x_t, d.t, self.model.embed(list(d.captions)), d.control)
+        return {"task": task_loss(prediction, d.target, self.schedule.row_weight(d.t, self.stage.snr_gamma))}

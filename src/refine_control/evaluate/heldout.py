@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refine_control.data.batch import Batch
+from refine_control.data.batch import Batch, derive_seed
 from refine_control.data.controls import inpaint_control
-from refine_control.data.loader import Pictures, derive_seed, make_batch
+from refine_control.data.loader import Pictures, make_batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.sample import paste, sample
 from refine_control.recipe import EvaluateConfig, MaskConfig, SampleConfig
