@@ -37,7 +37,7 @@ class Interleaved:
         self.waits: list[float] = []
         self.began: float | None = None
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int, part: int, parts: int) -> Batch:
         now = time.perf_counter()
         if self.began is not None:
             self.steps.append(now - self.began)

@@ -156,7 +156,7 @@ def test_an_unknown_key_is_named_beside_the_known(small: Path, key: str, known: 
         ("stage1.weights.task", "-1"),
         ("stage1.snr_gamma", "0"),
         ("data.resolution", "0"),
-        ("run.mixed_precision", "fp16"),
+        ("run.mixed_precision", "fp8"),
         ("init", "nothing"),
         ("sample.guidance_scale", "0.5"),
     ],

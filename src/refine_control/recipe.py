@@ -134,7 +134,9 @@ class RunConfig(Config):
 
     device: str = "auto"
     num_threads: PositiveInt | None = None  # default: the cores we may use
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch
+    workers: int = Field(1, ge=0)  # threads that make batches ahead; 0: none
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 20
     grad_norm_every: PositiveInt = 200

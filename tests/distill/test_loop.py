@@ -17,7 +17,7 @@ from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import Losses, learning_rate, pick_device, set_threads, train
 from refine_control.distill.stages import Distillation
-from refine_control.errors import UserError
+from refine_control.errors import RecipeError, UserError
 from refine_control.recipe import RunConfig
 from refine_control.student.plan import probe
 from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
@@ -41,7 +41,7 @@ class Toy(nn.Module):
         return {"near": (self.x - goal).square().mean(), "small": self.x.square().sum()}
 
 
-def numbered(step: int) -> Batch:
+def numbered(step: int, part: int = 0, parts: int = 1) -> Batch:
     return replace(ONE, seed=step)
 
 
@@ -76,6 +76,20 @@ def interrupted_at(step: int, objective: nn.Module, error: type[BaseException]) 
     objective.register_forward_pre_hook(stop)
 
 
+def distilled(teacher: Model, folder: Path, run: RunConfig, stop_at: int = 10**6) -> dict[str, Tensor]:
+    """Five steps of all three terms on mixed rows. The encoder keeps nothing, so that all runs compute alike."""
+    config = stage(steps=5, ema_decay=0.5, learning_rate=1e-3)
+    student = tiny_denoiser(STUDENT, seed=1)
+    shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bridges = Bridges(automatic_map(*shapes), *shapes)
+    objective = Distillation(student, teacher, bridges, Encoder(teacher, 1e-12), config)
+    interrupted_at(stop_at, objective, KeyboardInterrupt)
+    train(folder, objective, config.weights.model_dump(), loader(4, 0.5), config, run)
+    return objective.state_dict()
+
+
 # It learns
 
 
@@ -85,7 +99,7 @@ def test_a_student_learns_one_batch(teacher: Model, tmp_path: Path) -> None:
     bridges = Bridges(automatic_map(*shapes), *shapes)
     config = stage(steps=25, learning_rate=3e-3, caption_dropout=0)
     objective = Distillation(student, teacher, bridges, Encoder(teacher, 0.1), config)
-    train(tmp_path, objective, config.weights.model_dump(), lambda step: batch(4, 0.5), config, RUN)
+    train(tmp_path, objective, config.weights.model_dump(), lambda *_: batch(4, 0.5), config, RUN)
     log = log_of(tmp_path)
     assert len(log) == 25
     for term in ("loss", "task", "output", "feature"):
@@ -153,6 +167,37 @@ def test_the_learning_rate_warms_up_then_falls_as_a_cosine() -> None:
     assert learning_rate(2, stage(steps=3, learning_rate=0.2, warmup_steps=6)) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("passes", [2, 4])
+def test_passes_that_share_a_batch_learn_what_the_whole_batch_teaches(
+    teacher: Model, tmp_path: Path, passes: int
+) -> None:
+    whole, shared = (
+        distilled(teacher, tmp_path / str(n), run=RUN.model_copy(update={"gradient_accumulation_steps": n}))
+        for n in (1, passes)
+    )
+    for key, value in whole.items():
+        torch.testing.assert_close(shared[key], value, rtol=0, atol=2e-5, msg=key)
+    first, second = (log_of(tmp_path / str(n)) for n in (1, passes))
+    for ours, theirs in zip(first, second, strict=True):
+        assert {k: ours[k] for k in ("loss", "task", "output", "feature", "grad_norm")} == pytest.approx(
+            {k: theirs[k] for k in ("loss", "task", "output", "feature", "grad_norm")}, rel=1e-4
+        )
+
+
+def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
+    run = RUN.model_copy(update={"gradient_accumulation_steps": 3})
+    with pytest.raises(RecipeError, match="batch_size 4 does not divide into 1 processes x 3 gradient_accumulation"):
+        toy(tmp_path, Toy(), run=run)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_workers_change_nothing(teacher: Model, tmp_path: Path, workers: int) -> None:
+    one, other = (
+        distilled(teacher, tmp_path / str(n), run=RUN.model_copy(update={"workers": n})) for n in (1, workers)
+    )
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
 # Averaged weights
 
 
@@ -211,24 +256,10 @@ def test_interrupted_and_run_again_equals_uninterrupted(tmp_path: Path, at: int,
 
 def test_a_distillation_interrupted_equals_uninterrupted(teacher: Model, tmp_path: Path) -> None:
     """All three terms, mixed rows, bridges: bit by bit. The encoder keeps nothing, so that both compute alike."""
-    config = stage(steps=5, ema_decay=0.5)
-    batches = loader(4, 0.5)
-
-    def run(folder: Path, stop_at: int = 10**6) -> dict[str, Tensor]:
-        student = tiny_denoiser(STUDENT, seed=1)
-        shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            bridges = Bridges(automatic_map(*shapes), *shapes)
-        objective = Distillation(student, teacher, bridges, Encoder(teacher, 1e-12), config)
-        interrupted_at(stop_at, objective, KeyboardInterrupt)
-        train(folder, objective, config.weights.model_dump(), batches, config, SAVED_OFTEN)
-        return objective.state_dict()
-
-    whole = run(tmp_path / "whole")
+    whole = distilled(teacher, tmp_path / "whole", SAVED_OFTEN)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "half", stop_at=3)
-    again = run(tmp_path / "half")
+        distilled(teacher, tmp_path / "half", SAVED_OFTEN, stop_at=3)
+    again = distilled(teacher, tmp_path / "half", SAVED_OFTEN)
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
     assert newest(tmp_path / "whole").keys() == newest(tmp_path / "half").keys()
@@ -280,10 +311,22 @@ def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, 
     model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.tensor(bad, requires_grad=True)}
     with pytest.raises(UserError) as caught:
         toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
-    assert str(caught.value).startswith(f"step 3: loss is not finite (near = {bad:g}, small = ")
+    assert str(caught.value).startswith(
+        f"step 3: loss or gradient is not finite (loss = {bad:g}, near = {bad:g}, small"
+    )
     assert str(caught.value).endswith(f"its pictures: {ONE.keys[0]}, {ONE.keys[1]}")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
+    """The loss is finite: 0 times infinity comes up on the way back only."""
+    model = Toy()
+    true = model.forward
+    model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": (model.x * 0).sqrt().sum()}
+    with pytest.raises(UserError, match="step 3: loss or gradient is not finite"):
+        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+    assert model.x.isfinite().all()
 
 
 # Devices and threads

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
@@ -18,7 +20,7 @@ from refine_control.distill.loop import pick_device, set_threads, train
 from refine_control.distill.preview import Preview
 from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.distill.teacher import open_pictures
-from refine_control.errors import ModelError
+from refine_control.errors import ModelError, RecipeError
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, save
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
@@ -38,19 +40,24 @@ class Distiller:
                 f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
                 f"{self.teacher.resolution}; set data.resolution {self.teacher.resolution}"
             )
+        self.team = PartialState()
         self.labelled, self.unlabelled = open_pictures(data)
         self.validation = open_pictures(data, "val", variants=1)
         self.encoder = Encoder(self.teacher, data.cache_gb)
 
     def run(self, recipe: DistilRecipe, folder: Path) -> Path:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save(recipe, folder / "recipe.yaml")
+        _agree(recipe)
+        if self.team.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save(recipe, folder / "recipe.yaml")
         student, bridges = self.fresh_student(recipe)
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
                 self._train(folder / name, student, bridges, stage, recipe)
-        store.save(replace(self.teacher, denoiser=student), folder / "student")
+        if self.team.is_main_process:
+            store.save(replace(self.teacher, denoiser=student), folder / "student")
+        self.team.wait_for_everyone()
         return folder / "student"
 
     def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
@@ -92,6 +99,14 @@ class Distiller:
             recipe.run,
             Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
         )
+
+
+def _agree(recipe: DistilRecipe) -> None:
+    """Raises RecipeError, in every process, where processes that train together were given different recipes."""
+    recipes = gather_object([recipe.model_dump_json(exclude={"run"})])
+    if len(set(recipes)) > 1:
+        odd = next(i for i, other in enumerate(recipes) if other != recipes[0])
+        raise RecipeError(f"processes 0 and {odd} were given different recipes; start all with the same file and flags")
 
 
 def distil(recipe: DistilRecipe) -> Path:

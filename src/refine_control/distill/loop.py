@@ -1,4 +1,4 @@
-"""The one training loop: teacher, scratch, stage 1 and stage 2 all run through it."""
+"""The one training loop: teacher, scratch, stage 1 and stage 2 all run through it, on one process or many."""
 
 from __future__ import annotations
 
@@ -6,27 +6,37 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from diffusers.training_utils import EMAModel
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from refine_control.data.ahead import Ahead
 from refine_control.data.batch import Batch
 from refine_control.distill import checkpoint
-from refine_control.errors import UserError
+from refine_control.errors import RecipeError, UserError
 from refine_control.recipe import RunConfig, StageConfig
 
 Losses = dict[str, Tensor]
+
+
+class Batches(Protocol):
+    """A step's batch, or every `parts`-th row of it from row `part` on."""
+
+    def __call__(self, step: int, part: int, parts: int, /) -> Batch: ...
 
 
 def train(
     folder: Path,
     objective: nn.Module,
     weights: Mapping[str, float],
-    batches: Callable[[int], Batch],
+    batches: Batches,
     stage: StageConfig,
     run: RunConfig,
     preview: Callable[[Path], None] | None = None,
@@ -34,62 +44,120 @@ def train(
     """Trains what requires gradients in `objective` for stage.steps steps in all, from the newest checkpoint on.
 
     `objective(batch)` names the terms of the loss, `weights` says how they add up. Afterwards the averaged weights
-    (EMA) are in place. `preview` draws samples with the averaged weights into the path it is given.
+    (EMA) are in place. `preview` draws samples with the averaged weights into the path it is given. A step's batch is
+    shared out over the processes and, within each, over run.gradient_accumulation_steps passes.
 
     Raises:
-        UserError: a loss is not finite; the step and its pictures are named, the last checkpoint is untouched.
+        UserError: a loss or gradient is not finite; step and pictures are named, the last checkpoint is untouched.
     """
     parameters = [p for p in objective.parameters() if p.requires_grad]
+    device = parameters[0].device
+    team = Accelerator(device_placement=False, mixed_precision=run.mixed_precision, cpu=device.type == "cpu")
+    share = share_out(batches, stage, run, team)
     optimizer = torch.optim.AdamW(  # fused: one pass over the weights, on CPU too
         parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
     )
-    ema = EMAModel(parameters, decay=stage.ema_decay, foreach=True)
+    average = [p.detach().clone() for p in parameters]
     newest = checkpoint.latest(folder / "checkpoints")
-    start = checkpoint.restore(newest, objective, ema.shadow_params, optimizer) if newest else 0
-    ema.optimization_step = start
-    device = parameters[0].device
-    log = folder / "losses.jsonl"
-    seconds_before = _trim_log(log, start)
+    start = checkpoint.restore(newest, objective, average, optimizer) if newest else 0
+    shared, scaled = team.prepare_model(objective), team.prepare_optimizer(optimizer)
+    log = Log(folder / "losses.jsonl", start, team.is_main_process)
     objective.train()
-    name = "/".join(folder.parts[-3:])
-    bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, unit="step", mininterval=1)
-    began = time.monotonic() - seconds_before
-    for step in bar:
-        batch = batches(step).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.mixed_precision == "bf16"):
-            terms = objective(batch)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        if not torch.isfinite(loss):
-            named = ", ".join(f"{name} = {term.item():g}" for name, term in terms.items())
-            raise UserError(f"step {step}: loss is not finite ({named}); its pictures: {', '.join(batch.keys)}")
-        logging = (step + 1) % run.log_every == 0 or step == 0
-        norms = _gradient_norms(terms, parameters) if step % run.grad_norm_every == 0 else {}
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage)
-        optimizer.step()
-        ema.step(parameters)
-        done = step + 1
-        if logging or norms:
-            line = {"step": done, "loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-            line |= {"grad_norm": norm.item(), "lr": learning_rate(step, stage), "seconds": time.monotonic() - began}
-            line |= {f"grad_norm/{name}": value for name, value in norms.items()}
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if done % run.checkpoint_every == 0 or done == stage.steps:
-            checkpoint.save(folder / "checkpoints", done, objective, ema.shadow_params, optimizer)
-        if preview and (done % run.preview_every == 0 or done == stage.steps):
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            objective.eval()
-            preview(folder / f"preview-{done:06d}.png")
-            objective.train()
-            ema.restore(parameters)
-    ema.copy_to(parameters)
+    bar = tqdm(
+        range(start, stage.steps), "/".join(folder.parts[-3:]), stage.steps, initial=start, unit="step", mininterval=1,
+        disable=not team.is_main_process,
+    )  # fmt: skip
+    with Ahead(share, stage.steps, run.workers) as ahead:
+        for step in bar:
+            done, passes = step + 1, ahead(step)
+            logging = done % run.log_every == 0 or step == 0
+            norms: dict[str, float] = {}
+            sums: dict[str, Tensor] = {}
+            optimizer.zero_grad(set_to_none=True)
+            for number, batch in enumerate(passes):
+                with nullcontext() if number == len(passes) - 1 else team.no_sync(shared):
+                    terms = shared(batch.to(device))
+                    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+                    if number == 0 and step % run.grad_norm_every == 0:
+                        norms = _gradient_norms(terms, parameters)
+                    team.backward(loss / len(passes))
+                for name, term in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / len(passes)
+            team.unscale_gradients(scaled)
+            norm = clip(parameters, stage.max_grad_norm)
+            finite = math.isfinite(norm) and math.isfinite(sums["loss"])
+            if not finite and team.scaler is None:  # in half precision a scaler skips such steps itself
+                named = ", ".join(f"{name} = {value.item():g}" for name, value in sums.items())
+                keys = ", ".join(key for batch in passes for key in batch.keys)
+                raise UserError(f"step {step}: loss or gradient is not finite ({named}); its pictures: {keys}")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, stage)
+            scaled.step()
+            get_ema_multi_avg_fn(_ema_decay(step, stage))(average, parameters, None)
+            if logging or norms:
+                means = team.reduce(torch.stack(list(sums.values())), "mean").tolist()
+                line = {"step": done, **dict(zip(sums, means, strict=True)), "grad_norm": norm}
+                line |= {"lr": learning_rate(step, stage), **{f"grad_norm/{k}": v for k, v in norms.items()}}
+                log.write(line)
+                bar.set_postfix(loss=f"{line['loss']:.4f}")
+            if done % run.checkpoint_every == 0 or done == stage.steps:
+                if team.is_main_process:
+                    checkpoint.save(folder / "checkpoints", done, objective, average, optimizer)
+                team.wait_for_everyone()
+            if preview and team.is_main_process and (done % run.preview_every == 0 or done == stage.steps):
+                objective.eval()
+                with averaged(parameters, average):
+                    preview(folder / f"preview-{done:06d}.png")
+                objective.train()
+    _copy(average, parameters)
     objective.eval()
+    team.free_memory()
+
+
+def share_out(batches: Batches, stage: StageConfig, run: RunConfig, team: Accelerator) -> Callable[[int], list[Batch]]:
+    """step -> this process's parts of its batch, one for each pass. All parts of all processes have equally many rows.
+
+    Raises:
+        RecipeError: the batch does not divide.
+    """
+    parts = team.num_processes * run.gradient_accumulation_steps
+    if stage.batch_size % parts:
+        raise RecipeError(
+            f"batch_size {stage.batch_size} does not divide into {team.num_processes} processes x "
+            f"{run.gradient_accumulation_steps} gradient_accumulation_steps; use a multiple of {parts}"
+        )
+    mine = range(team.process_index, parts, team.num_processes)
+    return lambda step: [batches(step, part, parts) for part in mine]
+
+
+@contextmanager
+def averaged(parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
+    """Inside, the averaged weights are in place."""
+    kept = [p.detach().clone() for p in parameters]
+    _copy(average, parameters)
+    try:
+        yield
+    finally:
+        _copy(kept, parameters)
+
+
+def _copy(source: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        for value, parameter in zip(source, parameters, strict=True):
+            parameter.copy_(value)
+
+
+def _ema_decay(step: int, stage: StageConfig) -> float:
+    """0 at the first step, so that the random start is forgotten, then (1 + k) / (10 + k) up to the recipe's."""
+    return min(stage.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+
+
+def clip(parameters: list[nn.Parameter], largest: float) -> float:
+    """Scales the gradients down to a common norm of `largest` where they exceed it. Returns the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if largest < norm < math.inf:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
+    return norm.item()
 
 
 def learning_rate(step: int, stage: StageConfig) -> float:
@@ -102,13 +170,16 @@ def learning_rate(step: int, stage: StageConfig) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """'auto' is this process's GPU where there is one."""
     try:
-        return torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"run.device = '{name}' is no device; give auto, cpu, cuda or cuda:N") from None
+    team = PartialState(cpu=device.type == "cpu")  # joins the other processes, where torchrun or accelerate began them
+    if device.type == "cuda":
+        device = torch.device("cuda", team.local_process_index if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
 
 
 def set_threads(run: RunConfig) -> None:
@@ -127,10 +198,23 @@ def _gradient_norms(terms: Losses, parameters: list[nn.Parameter]) -> dict[str, 
     return norms
 
 
-def _trim_log(path: Path, start: int) -> float:
-    """Keeps only whole lines, of steps that the checkpoint knows of. Returns the seconds spent so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
+class Log:
+    """losses.jsonl: a line of numbers for a step. Only the main process writes; only steps that are kept stay in it."""
+
+    def __init__(self, path: Path, start: int, writes: bool) -> None:
+        """Drops torn lines and steps beyond `start`, of which the checkpoint knows nothing."""
+        self.path, self.writes = path, writes
+        self.began = time.monotonic()
+        if not writes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.began -= json.loads(kept[-1])["seconds"] if kept else 0.0
+
+    def write(self, line: dict[str, float]) -> None:
+        """Adds the seconds of training so far, interruptions not counted."""
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, "seconds": time.monotonic() - self.began}) + "\n")
