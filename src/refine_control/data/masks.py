@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from refine_control.errors import RecipeError
 
 LARGEST_AREA = 0.5
-FULL_TURN = 2 * math.pi
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,17 @@ def draw_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.
 
 def _strokes(canvas: ImageDraw.ImageDraw, kind: Kind, size: tuple[int, int], rng: np.random.Generator) -> None:
     scale = min(size) / 256
-    for stroke in range(int(rng.integers(kind.strokes[0], kind.strokes[1] + 1))):
-        segments = int(rng.integers(1, 6))
-        x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-        angles = rng.uniform(0, 4, segments).tolist()
-        lengths = (rng.uniform(10, 10 + kind.length, segments) * scale).tolist()
-        widths = (rng.uniform(5, 5 + kind.width, segments) * scale).round().clip(1).astype(int).tolist()
-        for angle, length, width in zip(angles, lengths, widths, strict=True):
-            turn = FULL_TURN - angle if stroke % 2 == 0 else angle
-            end = (
-                min(max(x + length * math.sin(turn), 0), size[1] - 1),
-                min(max(y + length * math.cos(turn), 0), size[0] - 1),
-            )
+    counts = rng.integers(1, 6, int(rng.integers(kind.strokes[0], kind.strokes[1] + 1)))
+    total = int(counts.sum())  # all numbers are drawn at once: a call for each stroke is most of a mask's time
+    starts = (rng.random((len(counts), 2)) * (size[1], size[0])).tolist()
+    angles = rng.uniform(0, 4, total) * np.repeat(np.where(np.arange(len(counts)) % 2, 1, -1), counts)
+    lengths = rng.uniform(10, 10 + kind.length, total) * scale
+    steps = iter(np.stack([lengths * np.sin(angles), lengths * np.cos(angles)], axis=1).tolist())
+    widths = iter(np.rint(rng.uniform(5, 5 + kind.width, total) * scale).clip(1).astype(int).tolist())
+    for (x, y), count in zip(starts, counts.tolist(), strict=True):
+        for _ in range(count):
+            (dx, dy), width = next(steps), next(widths)
+            end = min(max(x + dx, 0), size[1] - 1), min(max(y + dy, 0), size[0] - 1)
             canvas.line([(x, y), end], fill=1, width=width)
             if width > 2:  # round ends, so that turns have no notches
                 for cx, cy in ((x, y), end):
