@@ -2,51 +2,58 @@
 
     python benchmarks/step.py recipes/demo.yaml --steps 60 --out results/benchmark-step.json
 
-The real loop runs; before each of its batches one floor pass of the same size is timed, so that both see the same
+The real loop runs; before each of its steps one floor pass of the same size is timed, so that both see the same
 machine. The first pass over the data is left out: it decodes pictures and encodes latents that are kept afterwards.
+With `--workers 0` batches are made between steps, not beside them: a step then bears their whole cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from refine_control.data.batch import Batch
-from refine_control.data.loader import Loader
 from refine_control.distill.distil import Distiller
-from refine_control.distill.loop import train
+from refine_control.distill.loop import Losses, train
 from refine_control.distill.stages import Distillation
 from refine_control.evaluate.compare import machine
 from refine_control.recipe import DistilRecipe, load
 from refine_control.student.plan import probe
 
 
-class Interleaved:
-    """Hands batches to the loop, times what the loop does with them, and times the floor in between."""
+class Interleaved(nn.Module):
+    """The objective, with one timed floor pass before each of its calls; a step lasts from there to the next call."""
 
-    def __init__(self, loader: Loader, floor, pool: int) -> None:
-        self.loader, self.floor, self.pool = loader, floor, pool
+    def __init__(self, objective: nn.Module, floor: Callable[[], None]) -> None:
+        super().__init__()
+        self.objective, self.floor = objective, floor
         self.steps: list[float] = []
         self.floors: list[float] = []
-        self.waits: list[float] = []
         self.began: float | None = None
 
-    def __call__(self, step: int, part: int, parts: int) -> Batch:
-        now = time.perf_counter()
+    def forward(self, batch: Batch) -> Losses:
+        now = clock()
         if self.began is not None:
             self.steps.append(now - self.began)
         self.floor()
-        self.began = time.perf_counter()
+        self.began = clock()
         self.floors.append(self.began - now)
-        batch = self.loader(step % self.pool)  # the same few batches again: everything that can be kept is kept
-        self.waits.append(time.perf_counter() - self.began)
-        return batch
+        return self.objective(batch)
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -55,11 +62,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--teacher", default=None)
     parser.add_argument("--num_threads", default=None)
+    parser.add_argument("--workers", default=None)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-step.json"))
     args = parser.parse_args()
-    overrides = {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "stage1.steps": str(args.steps)}
+    overrides = {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "run.log_every": "1"}
+    overrides |= {"stage1.steps": str(args.steps)}
     overrides |= {"teacher": args.teacher} if args.teacher else {}
     overrides |= {"run.num_threads": args.num_threads} if args.num_threads else {}
+    overrides |= {"run.workers": args.workers} if args.workers else {}
     recipe = load(DistilRecipe, args.recipe, overrides)
     result = measure(recipe, args.steps)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,23 +89,35 @@ def measure(recipe: DistilRecipe, count: int) -> dict:
         student(*inputs).square().mean().backward()
 
     loader = distiller.loader(recipe, stage, "benchmark")
-    pool = count // 3
-    batches = Interleaved(loader, floor, pool)
-    with tempfile.TemporaryDirectory() as folder:
-        objective = Distillation(student, teacher, bridges, distiller.encoder, stage)
-        train(Path(folder) / "step", objective, stage.weights.model_dump(), batches, stage, recipe.run)
+    pool = count // 3  # the same few batches again: everything that can be kept is kept
+    timed = Interleaved(Distillation(student, teacher, bridges, distiller.encoder, stage), floor)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "step"
+        weights = stage.weights.model_dump()
+        train(folder, timed, weights, lambda step, part, parts: loader(step % pool, part, parts), stage, recipe.run)
+        log = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    waited = log[-1]["waited"] - log[pool]["waited"]
     warm = slice(pool, None)
-    steps, floors, waits = (np.array(x[warm]) for x in (batches.steps, batches.floors, batches.waits))
-    ratios = steps[: len(floors)] / floors[: len(steps)]
+    steps, floors = (np.array(x[warm]) for x in (timed.steps, timed.floors))
+    ratios = steps / floors[: len(steps)]
     return {
         "step_ms": float(np.median(steps) * 1e3),
         "floor_ms": float(np.median(floors) * 1e3),
         "step_over_floor": {q: float(np.percentile(ratios, p)) for q, p in (("low", 25), ("median", 50), ("high", 75))},
-        "share_waiting_for_data": float(waits.sum() / steps.sum()),
+        "share_waiting_for_data": float(waited / steps.sum()),
+        "peak_memory_gb": peak_memory_gb(),
+        "workers": recipe.run.workers,
         "steps": len(steps),
         "batch_size": stage.batch_size,
         "machine": machine(),
     }
+
+
+def peak_memory_gb() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes, on Linux
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def train(
     )  # fmt: skip
     with Ahead(share, stage.steps, run.workers) as ahead:
         for step in bar:
+            asked = time.monotonic()
             done, passes = step + 1, ahead(step)
+            log.waited += time.monotonic() - asked
             logging = done % run.log_every == 0 or step == 0
             norms: dict[str, float] = {}
             sums: dict[str, Tensor] = {}
@@ -204,17 +206,20 @@ class Log:
     def __init__(self, path: Path, start: int, writes: bool) -> None:
         """Drops torn lines and steps beyond `start`, of which the checkpoint knows nothing."""
         self.path, self.writes = path, writes
-        self.began = time.monotonic()
+        self.began, self.waited = time.monotonic(), 0.0
         if not writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.began -= json.loads(kept[-1])["seconds"] if kept else 0.0
+        if kept:
+            last = json.loads(kept[-1])
+            self.began, self.waited = self.began - last["seconds"], last["waited"]
 
     def write(self, line: dict[str, float]) -> None:
-        """Adds the seconds of training so far, interruptions not counted."""
+        """Adds the seconds of training so far, interruptions not counted, and those of them spent waiting for data."""
         if self.writes:
+            line = {**line, "seconds": time.monotonic() - self.began, "waited": self.waited}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "seconds": time.monotonic() - self.began}) + "\n")
+                file.write(json.dumps(line) + "\n")
