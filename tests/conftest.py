@@ -1,8 +1,14 @@
-"""One thread and no network for every test: results do not depend on the machine's cores, nor on what it can reach."""
+"""One thread and no network for every test: results do not depend on the machine's cores, nor on what it can reach.
+Here, and only here, shapes in hints are checked at every call."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands before every other import
+
+from jaxtyping import install_import_hook
+
+CHECKED = ["data.batch", "data.controls", "distill.draw", "distill.losses"]
+install_import_hook([f"refine_control.{name}" for name in CHECKED], "beartype.beartype")  # before they are imported
 
 import pytest
 import torch

@@ -55,8 +55,8 @@ def test_noise_is_standard_and_what_x_t_is_made_of() -> None:
 
 def test_captions_are_dropped_as_often_as_asked() -> None:
     b = batch(8)
-    assert drawn(caption_dropout=0).captions == b.captions
-    assert drawn(caption_dropout=1).captions == ("",) * 8
+    assert drawn(caption_dropout=0.0).captions == b.captions
+    assert drawn(caption_dropout=1.0).captions == ("",) * 8
     dropped = sum(drawn(seed, caption_dropout=0.25).captions.count("") for seed in range(100))
     assert 150 <= dropped <= 250
 

@@ -15,7 +15,7 @@ from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.stages import Distillation
 from refine_control.recipe import DenoiserPlan, StageConfig
 from refine_control.student.plan import probe
-from tiny import STUDENT, batch, plan, stage, tiny_denoiser, tiny_model
+from tiny import STUDENT, batch, loader, plan, stage, tiny_denoiser, tiny_model
 
 
 def bridged(student: Denoiser, teacher: Model) -> Bridges:
@@ -112,8 +112,7 @@ def test_what_is_kept_does_not_depend_on_its_neighbours(teacher: Model) -> None:
     whole = batch(4)
     warm = Encoder(teacher, 0.1)
     for row in range(4):
-        alone = replace(whole, image=whole.image[row : row + 1], index=whole.index[row : row + 1])
-        warm.latents(alone)
+        warm.latents(loader(4)(0, row, 4))
         warm.text([whole.captions[row]])
     cold = Encoder(teacher, 0.1)
     torch.testing.assert_close(warm.latents(whole), cold.latents(whole), rtol=0, atol=1e-5)

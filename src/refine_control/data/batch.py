@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -27,11 +28,11 @@ class Batch:
     alone, so they do not change when the batch is shared out over processes.
     """
 
-    image: Tensor
-    mask: Tensor
+    image: Float[Tensor, "B 3 H W"]
+    mask: Float[Tensor, "B 1 H W"]
     captions: tuple[str, ...]
-    labelled: Tensor
-    index: Tensor
+    labelled: Bool[Tensor, " B"]
+    index: Int64[Tensor, " B"]
     keys: tuple[str, ...]
     seed: int
     rows: tuple[int, ...]
@@ -47,6 +48,6 @@ class Batch:
         """A fresh CPU generator: the same draws on every device and after every resume."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
 
-    def noise(self, shape: tuple[int, ...]) -> Tensor:
+    def noise(self, shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
         """Standard normal noise, (B, *shape), on the CPU: each row from a generator of its own."""
         return torch.stack([torch.randn(shape, generator=self.generator("noise", row)) for row in self.rows])

@@ -1,10 +1,11 @@
 """Picture -> control signal."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def inpaint_control(image: Tensor, mask: Tensor) -> Tensor:
+def inpaint_control(image: Float[Tensor, "B 3 H W"], mask: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 3 H W"]:
     """The inpainting control of diffusers' own ControlNets: known pixels as they are, pixels to fill exactly -1.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refine_control.data.batch import Batch
@@ -16,15 +17,15 @@ from refine_control.diffusion.noise import NoiseSchedule
 class Draw:
     """t: int64 (B,). eps, x_t, target: (B, c, h, w). control: (B, 3, H, W). captions: B, some dropped to ''."""
 
-    t: Tensor
-    eps: Tensor
-    x_t: Tensor
-    target: Tensor
-    control: Tensor
+    t: Int64[Tensor, " B"]
+    eps: Float[Tensor, "B c h w"]
+    x_t: Float[Tensor, "B c h w"]
+    target: Float[Tensor, "B c h w"]
+    control: Float[Tensor, "B k H W"]
     captions: tuple[str, ...]
 
 
-def draw(batch: Batch, latents: Tensor, schedule: NoiseSchedule, caption_dropout: float) -> Draw:
+def draw(batch: Batch, latents: Float[Tensor, "B c h w"], schedule: NoiseSchedule, caption_dropout: float) -> Draw:
     """Timesteps are stratified over the whole batch (Kingma et al. 2021, 2107.00630): less variance for nothing."""
     generator, rows = batch.generator("draw"), list(batch.rows)
     u = (torch.rand(1, generator=generator) + torch.randperm(batch.whole, generator=generator) / batch.whole) % 1

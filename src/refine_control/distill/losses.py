@@ -15,23 +15,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+Latents = Float[Tensor, "B c h w"]
+RowWeight = Float[Tensor, " B"]
+Scalar = Float[Tensor, ""]
 
-def task_loss(student: Tensor, target: Tensor, row_weight: Tensor) -> Tensor:
+
+def task_loss(student: Latents, target: Latents, row_weight: RowWeight) -> Scalar:
     """L_task. student, target: (B, c, h, w). row_weight: (B,), e.g. min-SNR, 0 for rows that take no task term."""
     return (row_weight * _per_row_mse(student, target)).mean()
 
 
-def output_loss(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
+def output_loss(student: Latents, teacher: Latents, row_weight: RowWeight) -> Scalar:
     """L_out. The same distance, to the teacher's prediction."""
     return (row_weight * _per_row_mse(student, teacher.detach())).mean()
 
 
-def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Scalar:
     """L_feat. student: point -> bridged feature; teacher: point -> normalised feature, both (B, C, h, w)."""
     return torch.stack([_per_row_mse(student[point], teacher[point].detach()).mean() for point in student]).mean()
 
 
-def _per_row_mse(a: Tensor, b: Tensor) -> Tensor:
+def _per_row_mse(a: Latents, b: Latents) -> RowWeight:
     return (a.float() - b.float()).square().mean((1, 2, 3))
