@@ -33,6 +33,7 @@ LABELS = {
     "scratch": "From scratch, task loss only",
     "teacher-weights": "Teacher's weights, task loss only",
     "stage1-continued": "Stage 1, then stage 1 continued",
+    "plain-rows-without-task": "Stages 1 and 2, plain rows without the task term",
     "refine-control": "Refine-Control, stages 1 and 2",
 }
 BASELINES = ("mean_fill", "telea", "navier_stokes", "biharmonic")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from refine_control.distill.distil import Distiller
 from refine_control.errors import RecipeError
@@ -26,16 +28,26 @@ def _stage1_continued(recipe: DistilRecipe) -> DistilRecipe:
     return recipe.model_copy(update={"stage2": stage2})
 
 
+def _plain_rows_without_task(recipe: DistilRecipe) -> DistilRecipe:
+    """In stage 2, rows without a caption learn from the teacher alone."""
+    return recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"task_on_unlabelled": False})})
+
+
 ROWS: dict[str, Callable[[DistilRecipe], DistilRecipe]] = {
     "scratch": lambda recipe: _task_only(recipe, "random"),
     "teacher-weights": lambda recipe: _task_only(recipe, "teacher"),
     "stage1-continued": _stage1_continued,
+    "plain-rows-without-task": _plain_rows_without_task,
     "refine-control": lambda recipe: recipe,
 }
+NOT_OF_STAGE_1 = {"stage2", "output_dir", "sample", "evaluate"}
 
 
 def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, folder: Path) -> Path:
-    """Trains one row with one seed, or takes it as it is when it is complete. Returns the saved student."""
+    """Trains one row with one seed, or takes it as it is when it is complete. Returns the saved student.
+
+    Rows of a comparison that begin alike share their first stage: it is computed once.
+    """
     if row not in ROWS:
         raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
     varied = ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)})
@@ -47,9 +59,23 @@ def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, f
         return folder / "student"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(begun, json.dumps(wanted))
+    _share_stage1(wanted, folder)
     student = distiller.run(varied, folder)
     write_whole(done, json.dumps({"wall_seconds": wall_seconds(folder)}))
     return student
+
+
+def _share_stage1(wanted: dict[str, Any], folder: Path) -> None:
+    """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
+    finished = f"stage1/checkpoints/step-{wanted['stage1']['steps']:06d}"
+    for begun in sorted(folder.parent.parent.glob("*/seed-*/begun.json")):
+        theirs = json.loads(begun.read_text(encoding="utf-8"))
+        alike = all(theirs.get(key) == value for key, value in wanted.items() if key not in NOT_OF_STAGE_1)
+        if alike and (begun.parent / finished).is_dir() and not (folder / "stage1").exists():
+            aside = folder / ".stage1.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(begun.parent / "stage1", aside)
+            aside.rename(folder / "stage1")
 
 
 def wall_seconds(folder: Path) -> float:
