@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 import tiny
+from published import write_configs
 from refine_control.cli import main
 from refine_control.diffusion import store
 
@@ -136,6 +137,52 @@ def test_corrupt_pictures_are_listed_and_skipped_only_on_request(
 def test_plan_names_the_cost_before_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["student", "plan", str(workplace / "recipe.yaml")]) == 0
     assert "fewer parameters" in capsys.readouterr().out
+    assert main(["student", "plan", str(workplace / "recipe.yaml"), "--student", "bk-base"]) == 0
+    assert "fewer parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wish", [("--target", "mobile"), ("--macs", "60G", "--params", "100M")])
+def test_plan_without_a_recipe_prints_one_that_a_recipe_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wish: tuple[str, ...]
+) -> None:
+    from refine_control.recipe import DenoiserPlan, validate
+
+    folder = str(write_configs(tmp_path / "alone", "sd15", module=False))
+    net = str(write_configs(tmp_path / "pair", "sd15") / "controlnet")
+    assert main(["student", "plan", "--teacher", folder, "--controlnet", net, *wish]) == 0
+    table, _, plan = capsys.readouterr().out.partition("student:\n")
+    assert "859,520,964    361,279,120" in table
+    assert len(validate(DenoiserPlan, yaml.safe_load(plan), "printed").block_out_channels) >= 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), ("give a recipe, or --teacher",)),
+        (("--teacher", "TEACHER"), ("--target, --macs, --params",)),
+        (("--teacher", "TEACHER", "--target", "tiny"), ("'tiny'", "bk-base, bk-small, bk-tiny, mobile, micro")),
+        (("--teacher", "TEACHER", "--target", "micro", "--macs", "1G"), ("give either",)),
+        (("--teacher", "TEACHER", "--macs", "much"), ("--macs 'much'", "60G")),
+        (("--teacher", "TEACHER", "--params", "10"), ("no student", "--params")),
+        (("--teacher", "nowhere", "--macs", "1G"), ("'nowhere'",)),
+        (("--teacher", "TEACHER", "--macs", "1G", "--student.heads", "3"), ("--student.heads", "recipe")),
+        (("RECIPE", "--target", "micro"), ("--target", "recipe")),
+        (("RECIPE", "--student", "nano"), ("'nano'", "micro")),
+    ],
+)
+def test_a_plan_that_cannot_be_made(
+    workplace: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    places = {"TEACHER": str(workplace / "teacher"), "RECIPE": str(workplace / "recipe.yaml")}
+    line = refused(capsys, "student", "plan", *(places.get(word, word) for word in argv))
+    for word in words:
+        assert word in line
+
+
+def test_a_student_may_be_named_in_the_recipe(workplace: Path, tmp_path: Path) -> None:
+    argv = ["compare", str(workplace / "recipe.yaml"), "--student", "bk-small", "--rows", "scratch", "--seeds", "0"]
+    assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+    assert store.load(str(tmp_path / "scratch/seed-0/student")).denoiser.foundation.mid_block is None
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_an_unreadable_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("sed", "output_dir, teacher, seed"),
+        ("sed", "output_dir, teacher, controlnets, seed"),
         ("stage1.step", "steps, batch_size"),
         ("stage2.weights.feat", "task, output, feature"),
     ],

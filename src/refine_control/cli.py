@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
@@ -141,12 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "student",
         _student,
-        "Say what a recipe's student will cost, before any training.",
-        "  refine-control student plan recipes/demo.yaml --student.block_out_channels '[32, 64, 64]'",
+        "Say what a student will cost, before any training: a recipe's, a named one, or the best within a budget.",
+        "  refine-control student plan recipes/demo.yaml --student mobile\n"
+        "  refine-control student plan --teacher my/sd15 --controlnet my/inpaint-controlnet --target bk-tiny\n"
+        "  refine-control student plan --teacher zoo:emoji-teacher --macs 20M --params 1M",
         takes_overrides=True,
     )
     command.add_argument("action", choices=["plan"])
-    command.add_argument("recipe", type=Path)
+    command.add_argument("recipe", type=Path, nargs="?", help="a recipe; else give --teacher")
+    command.add_argument("--teacher", help="a saved pipeline's folder, zoo:NAME or a hub id; only its configs are read")
+    command.add_argument("--controlnet", action="append", default=[], help="one saved on its own; may be repeated")
+    command.add_argument("--target", help="bk-base, bk-small, bk-tiny, mobile or micro")
+    command.add_argument("--macs", help="at most, of foundation and module for one step of one picture, e.g. 60G")
+    command.add_argument("--params", help="at most, of foundation and module, e.g. 50M")
 
     add("env", _env, "Print versions and what this machine offers.", "  refine-control env")
     return parser
@@ -233,11 +241,35 @@ def _data(args: argparse.Namespace) -> None:
 
 def _student(args: argparse.Namespace) -> None:
     from refine_control import recipe
-    from refine_control.diffusion.store import load
+    from refine_control.student.named import named_plan
+    from refine_control.student.outline import plan_teacher
     from refine_control.student.plan import plan_table
+    from refine_control.student.search import as_yaml, parse_amount, search, search_table
 
-    loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
-    print(plan_table(loaded.student, load(loaded.teacher)))
+    flags = {"--teacher": args.teacher, "--target": args.target, "--macs": args.macs, "--params": args.params}
+    given = [flag for flag, value in flags.items() if value]
+    if args.recipe:
+        if given or args.controlnet:
+            raise UserError(f"{(given or ['--controlnet'])[0]} and a recipe exclude each other; give one of them")
+        loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
+        print(plan_table(loaded.student, plan_teacher(loaded.teacher, loaded.controlnets)))
+        return
+    if args.overrides:
+        raise UserError(f"unknown argument: --{next(iter(args.overrides))}; overrides need a recipe")
+    if not args.teacher or not (args.target or args.macs or args.params):
+        raise UserError("give a recipe, or --teacher and one of --target, --macs, --params")
+    if args.target and (args.macs or args.params):
+        raise UserError("--target names a student and --macs or --params searches one; give either")
+    budget = {flag: parse_amount(value, flag) for flag in ("--macs", "--params") if (value := flags[flag])}
+    known = get_args(recipe.StudentName)
+    if args.target not in (None, *known):
+        raise UserError(f"--target '{args.target}' is no student; there are: {', '.join(known)}")
+    teacher = plan_teacher(args.teacher, args.controlnet)
+    if args.target:
+        print(f"{plan_table(args.target, teacher)}\n\nIn a recipe 'student: {args.target}', or in full:\n")
+        print(as_yaml(named_plan(args.target, teacher.denoiser)))
+    else:
+        print(search_table(search(teacher, budget.get("--macs"), budget.get("--params")), teacher))
 
 
 def _env(args: argparse.Namespace) -> None:

@@ -7,10 +7,20 @@ errors. The resolved recipe is saved with the run. This module imports no torch,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from refine_control.errors import RecipeError
 
@@ -31,6 +41,8 @@ class DataConfig(Config):
     fit: Literal["crop", "pad"] = "crop"
     variants: PositiveInt = 2  # versions of each picture: as it is, mirrored, then slightly zoomed and shifted
     cache_gb: PositiveFloat = 2.0  # decoded pictures and latents are kept in memory up to this size
+    cache_dir: str | None = None  # keep latents and text embeddings there, for later runs
+    teacher_cache_gb: float = Field(0, ge=0)  # and what the teacher made of each step, up to this size
     skip_corrupt: bool = False
 
 
@@ -74,27 +86,61 @@ class TextPlan(Config):
 
 
 class DenoiserPlan(Config):
-    """Shape of a foundation (UNet) and of the module (ControlNet) that mirrors its encoder."""
+    """Shape of a foundation (UNet) and of the module (ControlNet) that mirrors its encoder; level 0 is the top.
 
-    block_out_channels: tuple[PositiveInt, ...]
-    layers_per_block: PositiveInt = 1
+    layers_per_block, transformer_layers: one number for all levels, or one a level. A stock ControlNetModel knows
+    one layers_per_block only, so different ones need a foundation without a module.
+    heads: attention heads of each level, whether it has attention or not. It is what diffusers writes as
+    `attention_head_dim`, a misnomer it keeps for old files (its issue 2011): SD 1.5's 8 is 8 heads at every width.
+    mid_block: "none" takes it from the foundation; the module keeps one resnet there (see `build`).
+
+    What a student must share with its teacher (latents, text, time and size embeddings) is not here: it is copied.
+    """
+
+    block_out_channels: tuple[PositiveInt, ...] = Field(min_length=1)
+    layers_per_block: PositiveInt | tuple[PositiveInt, ...] = 1
     attention: tuple[bool, ...]
+    transformer_layers: PositiveInt | tuple[PositiveInt, ...] = 1
     heads: tuple[PositiveInt, ...]
     mid_block: Literal["attention", "none"] = "attention"
     norm_num_groups: PositiveInt = 16
     conditioning_channels: tuple[PositiveInt, ...] = (16, 32, 64)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each level."""
+        return self._each(self.layers_per_block)
+
+    @property
+    def transformers(self) -> tuple[int, ...]:
+        """Transformer layers of each level, where it has attention."""
+        return self._each(self.transformer_layers)
+
+    def _each(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @model_validator(mode="after")
     def _levels_agree(self) -> DenoiserPlan:
         levels = len(self.block_out_channels)
         if len(self.attention) != levels or len(self.heads) != levels:
             raise ValueError(f"block_out_channels has {levels} levels; give attention and heads {levels} entries each")
+        if len(self.layers) != levels or len(self.transformers) != levels:
+            raise ValueError(
+                f"layers_per_block and transformer_layers: give one number, or {levels}, one for each level"
+            )
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise ValueError(
                     f"width {width} must be a multiple of norm_num_groups={self.norm_num_groups} and heads={heads}"
                 )
         return self
+
+
+StudentName = Literal["bk-base", "bk-small", "bk-tiny", "mobile", "micro"]  # relative to a teacher: student/named.py
+StudentPlan = Annotated[
+    Annotated[DenoiserPlan, Tag("union[plan]")] | Annotated[StudentName, Tag("union[name]")],
+    Discriminator(lambda value: "union[name]" if isinstance(value, str) else "union[plan]"),
+]
 
 
 class LossWeights(Config):
@@ -180,11 +226,12 @@ class DistilRecipe(Config):
     """`refine-control distill`: the student's plan, stage 1 (labelled) and stage 2 (plain images mixed in)."""
 
     output_dir: str
-    teacher: str = "zoo:emoji-teacher"
+    teacher: str = "zoo:emoji-teacher"  # a saved pipeline's folder, zoo:NAME, or org/repo@REVISION on the hub
+    controlnets: tuple[str, ...] = ()  # ControlNets saved on their own, folders or hub ids, instead of the teacher's
     seed: int = 0
     data: DataConfig = DataConfig()
     masks: MaskConfig = MaskConfig()
-    student: DenoiserPlan
+    student: StudentPlan
     init: Literal["teacher", "random"] = "teacher"
     alignment: Literal["auto"] | dict[str, str] = "auto"
     feature_norm: Literal["channel", "l2", "none"] = "channel"
@@ -224,9 +271,10 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
         return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[")))
+        loc = [str(part) for part in first["loc"] if not _is_type(str(part))]
+        key = ".".join(loc)
         if first["type"] == "extra_forbidden":
-            reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, first['loc']))}"
+            reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, loc))}"
         else:
             reason = f"'{key}' = {first['input']!r}: {first['msg']}"
         raise RecipeError(f"recipe '{origin}': {reason}") from None
@@ -249,10 +297,22 @@ def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
     tree[leaf] = value
 
 
-def _fields_beside(kind: type[Config], loc: tuple[int | str, ...]) -> list[str]:
+def _is_type(part: str) -> bool:
+    """pydantic mixes the branches of a union, e.g. 'literal[...]' and 'constrained-int', into a mistake's place."""
+    return "[" in part or part.startswith("constrained-")
+
+
+def _fields_beside(kind: type[Config], loc: list[str]) -> list[str]:
     for name in loc[:-1]:
-        annotation = kind.model_fields[str(name)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Config)):
+        inner = _config_in(kind.model_fields[name].annotation)
+        if inner is None:
             return []
-        kind = annotation
+        kind = inner
     return list(kind.model_fields)
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    """The Config that a field holds, be it one branch of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _config_in(arg))), None)

@@ -8,6 +8,7 @@ from torch import Tensor
 from refine_control.data.batch import Batch
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
+from refine_control.diffusion.text import Text
 from tiny import batch
 
 ROW_BYTES = 4 * 3 * 16 * 16
@@ -19,7 +20,8 @@ class Counting:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, pooled: bool = False) -> None:
+        self.pooled = pooled
         self.pictures: list[float] = []
         self.captions: list[str] = []
 
@@ -27,15 +29,16 @@ class Counting:
         self.pictures += [image.flatten()[0].item() for image in images]
         return images * 1
 
-    def embed(self, captions: list[str]) -> Tensor:
+    def embed(self, captions: list[str]) -> Text:
         self.captions += captions
-        return torch.tensor([[float(len(caption))] for caption in captions])
+        lengths = torch.tensor([[float(len(caption))] for caption in captions])
+        return Text(lengths[..., None], -lengths if self.pooled else None)
 
 
 def numbered(*numbers: int) -> Batch:
     """Picture k is filled with the number k, which is its key too."""
     image = torch.tensor(numbers).float().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-    return replace(batch(1), image=image, index=torch.tensor(numbers))
+    return replace(batch(len(numbers)), image=image, index=torch.tensor(numbers))
 
 
 def first_pixels(latents: Tensor) -> list[float]:
@@ -47,7 +50,7 @@ def test_equal_to_computing(teacher: Model) -> None:
     first = encoder.latents(b)
     with torch.no_grad():
         torch.testing.assert_close(first, teacher.encode(b.image))
-        torch.testing.assert_close(encoder.text(b.captions), teacher.embed(list(b.captions)))
+        torch.testing.assert_close(encoder.text(b.captions).tokens, teacher.embed(list(b.captions)).tokens)
     assert torch.equal(encoder.latents(b), first)
     assert not first.requires_grad
 
@@ -58,9 +61,21 @@ def test_each_key_is_computed_once() -> None:
     assert first_pixels(encoder.latents(numbered(3, 1, 3))) == [3, 1, 3]
     assert first_pixels(encoder.latents(numbered(1, 2, 3))) == [1, 2, 3]
     assert sorted(model.pictures) == [1, 2, 3]
-    assert encoder.text(["a", "", "a"]).tolist() == [[1], [0], [1]]
-    assert encoder.text(["bb", "a"]).tolist() == [[2], [1]]
+    assert encoder.text(["a", "", "a"]).tokens.flatten().tolist() == [1, 0, 1]
+    assert encoder.text(["bb", "a"]).tokens.flatten().tolist() == [2, 1]
     assert sorted(model.captions) == ["", "a", "bb"]
+
+
+def test_pooled_text_is_kept_beside_its_tokens() -> None:
+    model = Counting(pooled=True)
+    encoder = Encoder(model, LOTS)
+    encoder.text(["a", "bb"])
+    text = encoder.text(["ccc", "bb", "a"])
+    assert text.tokens.shape == (3, 1, 1)
+    assert text.tokens.flatten().tolist() == [3, 2, 1]
+    assert text.pooled.flatten().tolist() == [-3, -2, -1]
+    assert model.captions == ["a", "bb", "ccc"]
+    assert Encoder(Counting(), LOTS).text(["a"]).pooled is None
 
 
 def test_keeps_no_more_than_its_limit() -> None:
@@ -74,4 +89,4 @@ def test_keeps_no_more_than_its_limit() -> None:
 def test_a_kept_row_does_not_hold_its_batch() -> None:
     encoder = Encoder(Counting(), LOTS)
     encoder.latents(numbered(*range(8)))
-    assert [kept.untyped_storage().nbytes() for kept in encoder._latents.values()] == [ROW_BYTES] * 8
+    assert [kept.untyped_storage().nbytes() for (kept,) in encoder._latents.values()] == [ROW_BYTES] * 8

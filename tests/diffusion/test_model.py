@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from refine_control.diffusion.build import build_autoencoder, build_text
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.store import load, resolve, save
+from refine_control.diffusion.text import Text
 from refine_control.errors import ModelError
 from tiny import AUTOENCODER, TEXT, WORDS, batch, plan, tiny_denoiser, tiny_model
 
@@ -36,7 +37,7 @@ def outputs(model: Model) -> list[Tensor]:
     with torch.no_grad():
         text, latents = model.embed(list(b.captions)), model.encode(b.image)
         return [
-            text,
+            text.tokens,
             latents,
             model.decode(latents),
             model.denoiser(latents, torch.tensor([0, 500, 999]), text, (b.image + 1) / 2),
@@ -121,7 +122,7 @@ def test_stock_pipelines_run_the_folder(model: Model, tmp_path: Path) -> None:
 
 def test_the_module_steers_the_foundation(teacher: Model) -> None:
     """Known pixels and holes reach the prediction: the two networks are joined."""
-    x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.zeros(1, 8, 16)
+    x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([500]), Text(torch.zeros(1, 8, 16))
     with torch.no_grad():
         hole, white = (teacher.denoiser(x, t, text, torch.full((1, 3, 16, 16), v)) for v in (-1.0, 1.0))
     assert (hole - white).abs().max() > 1e-3

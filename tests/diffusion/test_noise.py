@@ -1,9 +1,11 @@
 """The forward process: its invariants, its agreement with diffusers, and the way back through the sampler."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from refine_control.data.controls import inpaint_control
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.diffusion.noise import SCHEDULERS, NoiseSchedule, complete, sampler, scheduler_config
 from refine_control.diffusion.sample import _denoise, sample
+from refine_control.errors import ModelError
 from refine_control.recipe import NoiseConfig, SampleConfig
 from tiny import batch
 
@@ -137,3 +140,85 @@ def test_a_perfect_prediction_brings_the_latents_back(
     torch.testing.assert_close(
         sample(model, control, b.captions, config, [0, 1, 2]), teacher.decode(x0).detach(), rtol=0, atol=2e-4
     )
+
+
+# Scheduler configs as models have them
+
+SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+KINDS = (
+    *("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "LCMScheduler", "UniPCMultistepScheduler"),
+)
+
+
+def config_of(kind: str, **values: object) -> dict:
+    """What the scheduler itself writes, with a key of a later version."""
+    return json.loads(getattr(diffusers, kind)(**SD, **values).to_json_string()) | {"key_of_a_later_version": 1}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_supported_scheduler_has_its_own_noise(kind: str) -> None:
+    s = NoiseSchedule.from_config(config_of(kind, prediction_type="v_prediction"))
+    theirs = getattr(diffusers, kind)(**SD).alphas_cumprod
+    torch.testing.assert_close(s.alpha**2, theirs, rtol=0, atol=1e-6)
+    assert s.prediction_type == "v_prediction"
+
+
+def test_the_required_schedulers_are_supported() -> None:
+    assert set(KINDS) <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"])
+def test_beta_schedules_of_any_scheduler(kind: str) -> None:
+    cosine = NoiseSchedule.from_config(config_of(kind) | {"beta_schedule": "squaredcos_cap_v2"})
+    assert 0 < cosine.alpha[-1] < 1e-3
+    rescaled = NoiseSchedule.from_config(config_of(kind) | {"rescale_betas_zero_snr": True})
+    assert rescaled.alpha[-1] == 0
+    trained = NoiseSchedule.from_config(config_of(kind) | {"trained_betas": [0.5, 0.5, 0.75], "num_train_timesteps": 3})
+    torch.testing.assert_close(trained.alpha**2, torch.tensor([0.5, 0.25, 0.0625]))
+
+
+def test_what_a_config_leaves_out_is_what_its_own_class_means() -> None:
+    """Old and hand-written configs are short. DDIM's own defaults would be other timesteps and clipped latents."""
+    assert complete({"_class_name": "EulerDiscreteScheduler"})["timestep_spacing"] == "linspace"
+    assert complete({"_class_name": "PNDMScheduler"})["timestep_spacing"] == "leading"
+    assert complete({"_class_name": "LCMScheduler"})["beta_end"] == 0.012
+    assert complete({"_class_name": "DDIMScheduler", **SD})["beta_end"] == 0.012
+    for kind in KINDS:
+        assert sampler({"_class_name": kind}).config.clip_sample is False
+    assert sampler({"_class_name": "DDIMScheduler", "clip_sample": True}).config.clip_sample
+
+
+def test_completing_twice_changes_nothing() -> None:
+    once = complete(config_of("EulerDiscreteScheduler"))
+    assert complete(once) | once == complete(once)
+    assert complete(scheduler_config(NoiseConfig())).items() >= scheduler_config_values().items()
+
+
+def scheduler_config_values() -> dict:
+    return {key: value for key, value in scheduler_config(NoiseConfig()).items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "'FlowMatchEulerDiscreteScheduler' does not noise by betas",
+        ),
+        ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' does not noise by betas"),
+        ({"_class_name": "os.system"}, "'os.system' does not noise by betas"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "'UniPC.*' is set to flow matching"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+            "is set to flow matching",
+        ),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "prediction_type 'score' is none of"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "no betas can be made of .*sigmoid"),
+        ({"_class_name": "DDIMScheduler", "beta_start": "small"}, "no betas can be made of .*small"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_used_is_named(config: dict, named: str) -> None:
+    with pytest.raises(ModelError, match=named) as caught:
+        NoiseSchedule.from_config(config)
+    assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import Taps, block_points, feature_shapes
+from refine_control.diffusion.text import Text
 from refine_control.errors import RecipeError
 from refine_control.student.plan import probe
 from tiny import TEACHER, plan, tiny_denoiser, tiny_model
@@ -61,7 +62,8 @@ def test_every_block_of_a_denoiser(teacher: Model) -> None:
     for point in block_points(denoiser):
         block = denoiser.get_submodule(point)
         block.forward = spied(point, block.forward)
-    inputs = [torch.randn_like(x) if x.is_floating_point() else x for x in probe(teacher)]
+    x_t, t, text, control = probe(teacher)
+    inputs = (torch.randn_like(x_t), t, Text(torch.randn_like(text.tokens)), torch.randn_like(control))
     with Taps(denoiser, block_points(denoiser)) as taps:
         tapped = denoiser(*inputs)
     assert list(taps.features) == list(true) == block_points(denoiser)

@@ -167,3 +167,20 @@ def test_another_resolution_than_the_teachers(recipe: DistilRecipe) -> None:
     data = recipe.data.model_copy(update={"resolution": 32})
     with pytest.raises(ModelError, match=r"data\.resolution is 32 but teacher .* works at 16; set data\.resolution 16"):
         Distiller(recipe.teacher, data, recipe.run)
+
+
+def test_caches_on_disk_change_a_student_by_rounding_only_and_serve_the_next_run(
+    finished: Path, recipe: DistilRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache"), "teacher_cache_gb": 1.0})
+    first = distil(into(recipe, tmp_path / "first", data=data))
+    kept = sorted(path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert kept == ["latents", "latents", "teacher", "teacher", "text"]
+    with monkeypatch.context() as patch:
+        patch.setattr("refine_control.data.table.Table.fill", None)
+        patch.setattr("refine_control.data.table.Steps.put", None)
+        second = distil(into(recipe, tmp_path / "second", data=data))
+    assert differing(first, second) == set()
+    ours, theirs = weights(first), weights(finished)
+    for key, value in theirs.items():
+        assert (ours[key] - value).abs().mean() < 1e-3, key

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import tiny
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.taps import feature_shapes
+from refine_control.diffusion.text import Text
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.student.plan import probe
@@ -26,9 +26,9 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 class FixedText(Encoder):
     """Text embeddings by seed: two runs of byte-pair training number equally frequent pairs differently."""
 
-    def text(self, captions: Sequence[str]) -> Tensor:
+    def text(self, captions: Sequence[str]) -> Text:
         shape = (len(captions), tiny.TEXT.max_length, tiny.TEXT.hidden_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        return Text(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
 
 
 def seeded_losses() -> dict[str, dict[str, float]]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from refine_control.data.batch import Batch
+from refine_control.data.table import Steps
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.taps import feature_shapes
@@ -165,3 +167,27 @@ def test_min_snr_weighs_the_terms_down(teacher: Model) -> None:
     assert 0 < weighed["task"] < plain["task"]
     assert 0 < weighed["output"] < plain["output"]
     assert weighed["feature"] == plain["feature"]
+
+
+def test_what_the_teacher_made_of_a_step_is_kept_for_the_next_student(teacher: Model, tmp_path: Path) -> None:
+    """Bit by bit as when it was made, and the teacher is not run again; another step is another one."""
+    rows, other = batch(4, 0.5), batch(4, 0.5, seed=1)
+    runs = runs_of(teacher.denoiser)
+
+    def losses_of(rows: Batch) -> dict[str, Tensor]:
+        student = tiny_denoiser(STUDENT, seed=1)
+        kept = Steps(tmp_path, "teacher", {}, 1.0)
+        return Distillation(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), stage(), kept)(rows)
+
+    made = losses_of(rows)
+    assert len(runs) == 1 + 1, "one to know its shapes"
+    found = losses_of(rows)
+    assert len(runs) == 2 + 1
+    assert {name: term.item() for name, term in made.items()} == {name: term.item() for name, term in found.items()}
+    plain = terms_of(teacher, stage(), rows)
+    assert {name: term.item() for name, term in made.items()} == pytest.approx(
+        {name: term.item() for name, term in plain.items()}, rel=1e-3
+    )
+    count = len(runs)
+    losses_of(other)
+    assert len(runs) == count + 2

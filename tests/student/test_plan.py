@@ -1,5 +1,7 @@
 """A plan's cost is known before any training, and is the true one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.errors import RecipeError
 from refine_control.recipe import DenoiserPlan, validate
-from refine_control.student.plan import build_student, cost, plan_table, probe
+from refine_control.student.named import named_plan
+from refine_control.student.plan import build_student, cost, plan_cost, plan_table, probe
 from tiny import STUDENT, TEACHER, plan, tiny_denoiser, tiny_model
 
 PLANS = {
@@ -18,6 +21,7 @@ PLANS = {
     "no attention at the top": plan(8, 16, attention=(False, True)),
     "two layers": plan(8, 16, layers_per_block=2),
     "three levels": plan(8, 16, 24),
+    "deep transformers": plan(8, 16, 24, transformer_layers=(1, 2, 3)),
 }
 
 
@@ -63,13 +67,35 @@ def test_narrower_costs_less_of_both(teacher: Model) -> None:
     assert narrow.macs < wide.macs
 
 
-def test_without_mid_block_only_the_foundation_shrinks(teacher: Model) -> None:
-    whole, without = (
-        cost(build_student(plan(8, 16, mid_block=kind), teacher), teacher) for kind in ("attention", "none")
-    )
-    assert without.foundation_parameters < whole.foundation_parameters
-    assert without.module_parameters == whole.module_parameters
-    assert without.macs < whole.macs
+def test_without_mid_block_the_module_keeps_one_resnet_of_it(teacher: Model) -> None:
+    whole, without = (build_student(plan(8, 16, mid_block=kind), teacher) for kind in ("attention", "none"))
+    assert without.foundation.mid_block is None
+    assert without.module.config.mid_block_type == "UNetMidBlock2D"
+    kept, all_of_it = (dict(net.module.mid_block.named_parameters()) for net in (without, whole))
+    assert kept.keys() == {name for name in all_of_it if name.startswith("resnets.0.")}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("mid", ["attention", "none"])
+def test_the_module_hands_over_as_many_residuals_as_the_foundation_takes(teacher: Model, layers: int, mid: str) -> None:
+    """Stock UNets zip them with their skips: a list that is too short is cut silently."""
+    student = build_student(plan(8, 16, 24, layers_per_block=layers, mid_block=mid), teacher)
+    x_t, t, text, control = probe(teacher)
+    with torch.no_grad():
+        residuals, _ = student.module(x_t, t, text.tokens, control, return_dict=False)
+    assert len(residuals) == sum(len(block.resnets) for block in student.foundation.up_blocks)
+
+
+def test_layers_may_differ_by_level_where_no_module_must_follow(teacher: Model) -> None:
+    uneven = plan(8, 16, layers_per_block=(1, 2))
+    alone = replace(teacher, denoiser=Denoiser(teacher.denoiser.foundation, None, downscale=2))
+    student = build_student(uneven, alone)
+    assert [len(block.resnets) for block in student.foundation.down_blocks] == [1, 2]
+    assert [len(block.resnets) for block in student.foundation.up_blocks] == [3, 2]
+    with torch.no_grad():
+        assert student(*probe(alone)).shape == probe(alone)[0].shape
+    with pytest.raises(RecipeError, match=r"layers_per_block \(1, 2\): a ControlNet has one number"):
+        build_student(uneven, teacher)
 
 
 def test_a_student_speaks_its_teachers_language(student: Denoiser, teacher: Model) -> None:
@@ -77,6 +103,16 @@ def test_a_student_speaks_its_teachers_language(student: Denoiser, teacher: Mode
     with torch.no_grad():
         ours, theirs = student(x_t, t, text, control), teacher.denoiser(x_t, t, text, control)
     assert ours.shape == theirs.shape == x_t.shape
+
+
+def test_a_wrong_conditioning_is_named(teacher: Model) -> None:
+    wrong = plan(8, 16).model_copy(update={"conditioning_channels": (4, 8, 16)})
+    with pytest.raises(RecipeError, match="has 3 entries; the teacher's latents are 2x smaller"):
+        build_student(wrong, teacher)
+
+
+def test_a_recipe_takes_a_plan_or_a_name(teacher: Model) -> None:
+    assert plan_cost("bk-base", teacher) == plan_cost(named_plan("bk-base", teacher.denoiser), teacher)
 
 
 def test_the_table_states_both(teacher: Model) -> None:
@@ -89,7 +125,8 @@ def test_the_table_states_both(teacher: Model) -> None:
 
 def test_probe_fits_the_model() -> None:
     x_t, t, text, control = probe(tiny_model())
-    assert [tuple(x.shape) for x in (x_t, t, text, control)] == [(1, 4, 8, 8), (1,), (1, 8, 16), (1, 3, 16, 16)]
+    assert [tuple(x.shape) for x in (x_t, t, text.tokens, control)] == [(1, 4, 8, 8), (1,), (1, 8, 16), (1, 3, 16, 16)]
+    assert text.pooled is None
     assert isinstance(t, Tensor)
     assert t.dtype == torch.int64
 
@@ -103,6 +140,9 @@ def test_probe_fits_the_model() -> None:
         ({"heads": [2, 3]}, "width 16 must be a multiple of norm_num_groups=4 and heads=3"),
         ({"mid_block": "simple"}, "'mid_block' = 'simple'"),
         ({"layers_per_block": 0}, "'layers_per_block' = 0"),
+        ({"layers_per_block": [1, 2, 3]}, "give one number, or 2, one for each level"),
+        ({"transformer_layers": [2]}, "give one number, or 2, one for each level"),
+        ({"block_out_channels": []}, "'block_out_channels' = []"),
     ],
 )
 def test_a_plan_that_cannot_be_built(changes: dict, message: str) -> None:

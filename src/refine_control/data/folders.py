@@ -65,6 +65,11 @@ class FolderDataset:
         """Every example's key, in order; decodes nothing."""
         return [entry.key for entry in self._entries]
 
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        parts = [path for e in self._entries for path in (e.image, e.mask, e.control) if path]
+        return [*parts, *self.folder.glob(METADATA)]
+
     def text(self, index: int) -> str | None:
         """The caption, or None; decodes nothing."""
         return self._entries[index].text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from refine_control.data.example import Example
 from refine_control.data.images import fit_square, fit_square_mask
 from refine_control.data.masks import sample_mask
 from refine_control.data.source import check
+from refine_control.data.table import fingerprint
 from refine_control.errors import DataError
 from refine_control.recipe import DataConfig, MaskConfig
 
@@ -23,10 +25,14 @@ from refine_control.recipe import DataConfig, MaskConfig
 _RESAMPLING = {3: Image.Resampling.BICUBIC, 2: Image.Resampling.NEAREST}
 
 
+UNLABELLED = 1 << 40  # added to the numbers of plain pictures: keeps them apart from those of captioned ones
+
+
 class Dataset(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Example: ...
     def keys(self) -> list[str]: ...
+    def files(self) -> list[Path]: ...
 
 
 class Pictures:
@@ -56,6 +62,16 @@ class Pictures:
         if self._kept is not None:
             self._kept[number] = example
         return example
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Changes with what `self[number]` may be: the files, and how they become pictures of one size."""
+        config = self.config.model_dump(include={"resolution", "fit", "skip_corrupt"})
+        return {
+            "files": fingerprint(self.dataset.files()),
+            "examples": self.examples,
+            "variants": self.variants,
+            **config,
+        }
 
     def _versioned(self, example: Example, version: int, index: int) -> Example:
         """Version 0 as it is, 1 mirrored, others zoomed and shifted by up to an eighth, every second one mirrored."""
@@ -99,6 +115,9 @@ class Subset:
     def keys(self) -> list[str]:
         keys = self.dataset.keys()
         return [keys[row] for row in self.rows]
+
+    def files(self) -> list[Path]:
+        return self.dataset.files()
 
 
 def _without_faults(dataset: Dataset) -> Dataset:
@@ -148,7 +167,7 @@ class Loader:
                 pictures, offset = self.labelled, 0
                 position = step * self.labelled_rows + row
             else:
-                pictures, offset = self.unlabelled, 1 << 40  # keeps the numbers of the two sets apart
+                pictures, offset = self.unlabelled, UNLABELLED
                 position = step * plain_rows + row - self.labelled_rows
             assert pictures is not None
             number = shuffled(position, len(pictures), self.seed)

@@ -66,6 +66,10 @@ class ShardDataset:
         """Every example's key, in order; decodes nothing."""
         return [key for key, _, _ in self._entries]
 
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return self.shards
+
     def text(self, index: int) -> str | None:
         """The caption, or None; reads the metadata only. Raises DataError for broken metadata."""
         return self._metadata(index)[0]

@@ -1,7 +1,7 @@
-"""The one adapter around diffusers: a foundation, its control module, and what turns pictures and words into tensors.
+"""The one adapter around diffusers: a foundation, its control modules, and what turns pictures and words into tensors.
 
-No diffusers type leaks past this file. A transformer pair (SD3Transformer2DModel + SD3ControlNetModel) would be one
-more `Denoiser` here; see docs/architecture.md.
+No diffusers type leaks past this room. A transformer pair (SD3Transformer2DModel + SD3ControlNetModel) would be one
+more `Denoiser`; see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -10,46 +10,113 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from refine_control.diffusion.noise import sampler
+from refine_control.diffusion.text import Text, embed_sd, embed_xl
+from refine_control.errors import ModelError
 
 
 class Denoiser(nn.Module):
-    """Foundation (UNet2DConditionModel) + module (ControlNetModel), run as one network."""
+    """Foundation (UNet2DConditionModel) + module (ControlNetModel, several as MultiControlNetModel, or None), as one.
 
-    def __init__(self, foundation: UNet2DConditionModel, module: ControlNetModel) -> None:
+    downscale: pixels per latent, along one side; told to SDXL where there is no control to measure.
+    """
+
+    def __init__(
+        self,
+        foundation: UNet2DConditionModel,
+        module: ControlNetModel | MultiControlNetModel | None = None,
+        downscale: int = 8,
+    ) -> None:
         super().__init__()
         self.foundation = foundation
         self.module = module
+        self.downscale = downscale
 
-    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, control: Tensor) -> Tensor:
+    @property
+    def nets(self) -> tuple[ControlNetModel, ...]:
+        """The module's ControlNets: none, one or several."""
+        if self.module is None:
+            return ()
+        return tuple(self.module.nets) if isinstance(self.module, MultiControlNetModel) else (self.module,)
+
+    @property
+    def control_channels(self) -> int:
+        """Channels of the control that all nets together take, 0 without a module."""
+        return sum(net.config.conditioning_channels for net in self.nets)
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
         """The prediction at x_t.
 
         Args:
-            x_t: noisy latents (B, c, h, w). t: int64 (B,). text: (B, L, D).
-            control: (B, 3, H, W), known pixels in [0, 1], pixels to fill -1.
+            x_t: noisy latents (B, c, h, w). t: int64 (B,). text: tokens (B, L, D), pooled (B, P) for SDXL.
+            control: (B, 3, H, W), known pixels in [0, 1], pixels to fill -1; for k nets (B, 3k, H, W), the control
+                pictures stacked in channels. Without a module nothing looks at it.
+
+        Raises:
+            ModelError: control has other channels than the nets take.
         """
-        residuals, mid = self.module(x_t, t, text, control, return_dict=False)
+        added = self._sizes(x_t, text, control)
+        passes = [
+            net(x_t, t, text.tokens, part, added_cond_kwargs=added, return_dict=False)
+            for net, part in zip(self.nets, self._parts(control), strict=True)
+        ]
+        residuals = mid = None
+        if passes:  # residuals of several nets add up, place by place; the UNet itself would cut a short list silently
+            residuals = [sum(places[1:], places[0]) for places in zip(*(down for down, _ in passes), strict=True)]
+            mid = sum((m for _, m in passes[1:]), passes[0][1])
         return self.foundation(
             x_t,
             t,
-            text,
+            text.tokens,
+            added_cond_kwargs=added,
             down_block_additional_residuals=residuals,
             mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
 
+    def _parts(self, control: Tensor | None) -> tuple[Tensor, ...]:
+        """Each net's own channels of the control."""
+        if not self.nets:
+            return ()
+        given = 0 if control is None else control.shape[1]
+        if control is None or given != self.control_channels:
+            raise ModelError(
+                f"the control has {given} channels but the model's {len(self.nets)} ControlNet(s) take "
+                f"{self.control_channels}; stack one control picture for each in channels"
+            )
+        return control.split([net.config.conditioning_channels for net in self.nets], dim=1)
+
+    def _sizes(self, x_t: Tensor, text: Text, control: Tensor | None) -> dict[str, Any] | None:
+        """What SDXL reads beside tokens: pooled text, and in pixels the original size, crop corner and target size."""
+        if self.foundation.config.addition_embed_type != "text_time":
+            return None
+        measured, scale = (x_t, self.downscale) if control is None else (control, 1)
+        height, width = (side * scale for side in measured.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x_t.dtype, device=x_t.device)
+        return {"text_embeds": text.pooled, "time_ids": sizes.expand(len(x_t), -1)}
+
 
 @dataclass
 class Model:
-    """Everything a stock StableDiffusionControlNetPipeline holds, with the adapter in place of its two networks."""
+    """Everything that a stock pipeline holds, with the adapter in place of its denoising networks.
+
+    scheduler: a diffusers scheduler config. text_encoder_2, tokenizer_2: SDXL only.
+    empty_is_zeros: the empty caption is all zeros instead of the encoded ''. The empty caption always means "no
+    caption": it is what dropped captions train on, what plain pictures carry and what guidance points away from.
+    """
 
     denoiser: Denoiser
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: dict[str, Any]
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    empty_is_zeros: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -64,14 +131,19 @@ class Model:
     def resolution(self) -> int:
         return self.denoiser.foundation.config.sample_size * self.downscale
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        networks = self.denoiser, self.vae, self.text_encoder, self.text_encoder_2
+        return tuple(network for network in networks if network is not None)
+
     def to(self, device: str | torch.device) -> Model:
-        for network in (self.denoiser, self.vae, self.text_encoder):
+        for network in self.networks:
             network.to(device)
         return self
 
     def freeze(self) -> Model:
         """No gradients, eval mode. No nn.Module owns a Model, so no owner's `.train()` can undo it."""
-        for network in (self.denoiser, self.vae, self.text_encoder):
+        for network in self.networks:
             network.requires_grad_(False).eval()
         return self
 
@@ -83,30 +155,33 @@ class Model:
         """Latents (B, c, h, w) -> pictures (B, 3, H, W), clamped to [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Captions -> token ids, int64 (B, L)."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
-
-    def embed(self, captions: list[str]) -> Tensor:
-        """Captions -> text embeddings (B, L, D)."""
-        return self.text_encoder(self.tokenize(captions)).last_hidden_state
+    def embed(self, captions: list[str]) -> Text:
+        """Captions -> tokens (B, L, D), with SDXL pooled (B, P) too. '' means no caption."""
+        if self.text_encoder_2 is None:
+            return embed_sd(captions, self.tokenizer, self.text_encoder)
+        encoders = self.text_encoder, self.text_encoder_2
+        return embed_xl(captions, (self.tokenizer, self.tokenizer_2), encoders, self.empty_is_zeros)
 
     def pipeline(self) -> Any:
         """The stock pipeline over these very networks (shared, not copied)."""
-        from diffusers import StableDiffusionControlNetPipeline
+        import diffusers
 
-        pipeline = StableDiffusionControlNetPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.denoiser.foundation,
-            controlnet=self.denoiser.module,
-            scheduler=DDIMScheduler.from_config(self.scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        name = "StableDiffusion" if self.text_encoder_2 is None else "StableDiffusionXL"
+        parts = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.denoiser.foundation,
+            "scheduler": sampler(self.scheduler),
+        }
+        if self.denoiser.module is not None:
+            name += "ControlNet"
+            parts["controlnet"] = self.denoiser.module
+        if self.text_encoder_2 is None:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        else:
+            parts |= {"text_encoder_2": self.text_encoder_2, "tokenizer_2": self.tokenizer_2}
+            parts |= {"force_zeros_for_empty_prompt": self.empty_is_zeros, "add_watermarker": False}
+        pipeline = getattr(diffusers, f"{name}Pipeline")(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

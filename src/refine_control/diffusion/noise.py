@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
+from refine_control.errors import ModelError
 from refine_control.recipe import NoiseConfig
+
+# Those whose forward process is x_t = alpha_t x_0 + sigma_t eps by betas: neither flow matching nor EDM's sigmas.
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+PREDICTIONS = get_args(NoiseConfig.model_fields["prediction_type"].annotation)
 
 
 @dataclass(frozen=True)
@@ -22,9 +45,14 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
-        """From any diffusers scheduler config: betas and their rescaling are diffusers' own arithmetic."""
-        abar = DDPMScheduler.from_config(config).alphas_cumprod.double().clamp(0, 1)
-        return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), config.get("prediction_type", "epsilon"))
+        """From a diffusers scheduler config: betas and their rescaling are diffusers' own arithmetic.
+
+        Raises:
+            ModelError: see `sampler`.
+        """
+        scheduler = sampler(config)
+        abar = scheduler.alphas_cumprod.double().clamp(0, 1)
+        return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), scheduler.config.prediction_type)
 
     def __len__(self) -> int:
         return len(self.alpha)
@@ -89,3 +117,39 @@ def scheduler_config(config: NoiseConfig) -> dict[str, Any]:
             timestep_spacing="trailing",
         ).config
     )
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with what it leaves out filled in, as its own class means it.
+
+    diffusers itself would fill in the defaults of the class that reads: timesteps from another end, clipped latents.
+
+    Raises:
+        ModelError: flow matching, another class without betas, or an unknown kind of prediction; it is named.
+    """
+    kind = config.get("_class_name", "DDIMScheduler")
+    if kind not in SCHEDULERS:
+        raise ModelError(f"scheduler '{kind}' does not noise by betas; supported: {', '.join(SCHEDULERS)}")
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    filled = {**defaults, "clip_sample": False, **given}  # clipping is for data in [-1, 1]; latents are not
+    if filled.get("use_flow_sigmas") or filled["prediction_type"] == "flow_prediction":
+        raise ModelError(f"scheduler '{kind}' is set to flow matching; give a model with prediction_type {PREDICTIONS}")
+    if filled["prediction_type"] not in PREDICTIONS:
+        raise ModelError(f"scheduler's prediction_type '{filled['prediction_type']}' is none of {PREDICTIONS}")
+    return filled
+
+
+def sampler(config: dict[str, Any]) -> DDIMScheduler:
+    """DDIM over the scheduler config of any class in SCHEDULERS; values that DDIM does not know stay in its config.
+
+    Raises:
+        ModelError: see `complete`; or no betas can be made of its values.
+    """
+    filled = complete(config)
+    try:
+        return DDIMScheduler.from_config(filled)
+    except (TypeError, ValueError, RuntimeError):
+        named = {key: filled[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
+        raise ModelError(f"no betas can be made of {named}; mend scheduler_config.json") from None

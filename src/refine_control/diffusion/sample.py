@@ -5,45 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from refine_control.diffusion.model import Model
+from refine_control.diffusion.noise import sampler
 from refine_control.recipe import SampleConfig
 
 
 @torch.no_grad()
 def sample(
-    model: Model, control: Tensor, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
+    model: Model, control: Tensor | None, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
 ) -> Tensor:
     """Draws one picture for each row.
 
     Args:
-        control: (N, 3, H, W), known pixels in [0, 1], pixels to fill -1.
+        control: (N, 3, H, W), known pixels in [0, 1], pixels to fill -1; (N, 3k, H, W) for k ControlNets. None for a
+            model without a module: pictures at its own resolution.
         seeds: N noise seeds; a row's result does not depend on its neighbours.
 
     Returns:
         (N, 3, H, W) in [-1, 1], on the CPU.
     """
     pictures = []
-    for first in range(0, len(control), config.batch_size):
+    for first in range(0, len(captions), config.batch_size):
         rows = slice(first, first + config.batch_size)
-        latents = _denoise(model, control[rows].to(model.device), captions[rows], config, seeds[rows])
+        part = None if control is None else control[rows].to(model.device)
+        latents = _denoise(model, part, captions[rows], config, seeds[rows])
         pictures.append(model.decode(latents).cpu())
     return torch.cat(pictures)
 
 
 def _denoise(
-    model: Model, control: Tensor, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
+    model: Model, control: Tensor | None, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
 ) -> Tensor:
-    scheduler = DDIMScheduler.from_config(model.scheduler)
+    scheduler = sampler(model.scheduler)
     scheduler.set_timesteps(config.num_inference_steps, device=model.device)
-    shape = (model.denoiser.foundation.config.in_channels, *(side // model.downscale for side in control.shape[-2:]))
+    sides = (model.resolution, model.resolution) if control is None else control.shape[-2:]
+    shape = (model.denoiser.foundation.config.in_channels, *(side // model.downscale for side in sides))
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     guided = config.guidance_scale > 1
     text = model.embed([*[""] * len(captions), *captions] if guided else list(captions))
-    control = torch.cat([control, control]) if guided else control
+    control = torch.cat([control, control]) if guided and control is not None else control
     for t in scheduler.timesteps:
         x_t = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
         prediction = model.denoiser(x_t, t.expand(len(x_t)), text, control)

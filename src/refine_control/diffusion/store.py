@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from refine_control.diffusion import hub
+from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.model import Denoiser, Model
+from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.errors import ModelError
 
 disable_progress_bar()  # one bar for each file of a model says nothing
 
 ZOO = Path(__file__).parent.parent / "zoo"
+PIPELINES = tuple(
+    f"StableDiffusion{xl}{control}Pipeline"
+    for xl in ("", "XL")
+    for control in ("", "ControlNet", "ControlNetInpaint", "ControlNetImg2Img")
+)
+PARTS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+}
+XL_PARTS: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
+FOLDERS = "|".join([*PARTS, *XL_PARTS, "scheduler"])
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a folder that stock StableDiffusionControlNetPipeline.from_pretrained loads (safetensors).
+    """Writes a folder that the stock pipeline's from_pretrained loads (safetensors): StableDiffusion(XL)(ControlNet).
 
     Written aside, then renamed: a half-written model is never seen.
 
@@ -34,7 +53,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     whole = model if dtype == torch.float32 else copy.deepcopy(model)
-    for network in (whole.denoiser, whole.vae, whole.text_encoder):
+    for network in whole.networks:
         network.to(dtype)
     try:
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
@@ -44,11 +63,13 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     aside.rename(folder)
 
 
-def resolve(name: str) -> Path:
-    """A model's folder, from a path or `zoo:NAME`.
+def resolve(name: str, own_controlnets: bool = True) -> Path:
+    """A model's folder, from a path, `zoo:NAME`, or `org/repo` or `org/repo@REVISION` on the Hugging Face hub.
+
+    own_controlnets: whether the pipeline's ControlNets are wanted too.
 
     Raises:
-        ModelError: no such folder, or it holds no saved pipeline.
+        ModelError: no such folder or repository, or it holds no saved pipeline.
     """
     if name.startswith("zoo:"):
         folder = ZOO / name.removeprefix("zoo:")
@@ -57,36 +78,118 @@ def resolve(name: str) -> Path:
             raise ModelError(f"no model '{name}' is embedded; there are: {known}")
         return folder
     folder = Path(name)
+    if _on_hub(name):
+        folder = hub.download(name, "model_index.json", FOLDERS + (r"|controlnet(_\d+)?" if own_controlnets else ""))
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"'{name}' is no saved pipeline: it has no model_index.json; give a folder or zoo:NAME")
+        raise ModelError(
+            f"'{name}' is no saved pipeline: it has no model_index.json; give a folder, zoo:NAME or org/repo on the hub"
+        )
     return folder
 
 
-def load(name: str, device: str | torch.device = "cpu") -> Model:
-    """Reads a saved ControlNet pipeline, safetensors only, as float32.
+def pin(name: str) -> str:
+    """The name that means the same weights for good: `org/repo@COMMIT` on the hub; a folder or zoo:NAME as it is.
 
     Raises:
-        ModelError: a part is missing or malformed, or the parts do not belong together.
+        ModelError: see `hub.pin`.
     """
-    folder = resolve(name)
+    return hub.pin(name) if _on_hub(name) else name
+
+
+def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[str] = ()) -> Model:
+    """Reads a saved Stable Diffusion pipeline, safetensors only, as float32.
+
+    Args:
+        name: see `resolve`. A pipeline without a ControlNet is a foundation alone.
+        controlnets: folders or hub ids of ControlNets that were saved on their own; they replace the pipeline's.
+
+    Raises:
+        ModelError: a part is missing or malformed, of a class that is not supported, or does not belong to the others.
+    """
+    folder = resolve(name, own_controlnets=not controlnets)
     try:
-        foundation = _read(UNet2DConditionModel, folder, "unet", low_cpu_mem_usage=False)
-        module = _read(ControlNetModel, folder, "controlnet", low_cpu_mem_usage=False)
-        vae = _read(AutoencoderKL, folder, "vae", low_cpu_mem_usage=False)
-        text_encoder = _read(CLIPTextModel, folder, "text_encoder")
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        scheduler = dict(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
+        nets = [_read_controlnet(resolve_controlnet(net)) for net in controlnets]
+        model = _read_model(folder, nets)
+    except ModelError as error:
+        raise ModelError(f"cannot load '{name}': {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load '{name}': {' '.join(str(error).split())[:300]}") from None
-    model = Model(Denoiser(foundation, module), vae, text_encoder, tokenizer, scheduler)
-    _check_belonging(model, name)
+    check_belonging(model, name, controlnets)
     return model.to(device)
 
 
-def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
+    """nets: instead of the pipeline's own."""
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise ModelError(f"its pipeline is a {kind}; supported: {', '.join(PIPELINES)}")
+    is_xl, has_own = "XL" in kind, "ControlNet" in kind
+    parts = {part: _read(wanted, folder, part, index) for part, wanted in (PARTS | (XL_PARTS if is_xl else {})).items()}
+    if has_own and not nets:
+        nets = [_read_controlnet(own) for own in _own_controlnets(folder, index)]
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    NoiseSchedule.from_config(scheduler)  # asked now, not hours later
+    foundation, vae = parts.pop("unet"), parts["vae"]
+    module = MultiControlNetModel(nets) if len(nets) > 1 else nets[0] if nets else None
+    return Model(
+        denoiser=Denoiser(foundation, module, downscale=2 ** (len(vae.config.block_out_channels) - 1)),
+        scheduler=complete(scheduler),
+        empty_is_zeros=is_xl and index.get("force_zeros_for_empty_prompt", True),
+        **parts,
+    )
+
+
+def _read(wanted: Any, folder: Path, part: str, index: dict[str, Any]) -> Any:
+    """A tokenizer, or a network as float32."""
+    _, kind = index.get(part) or (None, None)
+    if kind not in (wanted.__name__, f"{wanted.__name__}Fast"):
+        raise ModelError(f"its {part} is a {kind}; supported: {wanted.__name__}")
+    if wanted is CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
+    return _read_network(wanted, folder, part)
+
+
+def _own_controlnets(folder: Path, index: dict[str, Any]) -> list[Path]:
+    """Stock pipelines save several as controlnet, controlnet_1, ... and count the folders when they load."""
+    first = folder / "controlnet"
+    if index.get("controlnet", (None, None))[1] != "MultiControlNetModel":
+        return [first]
+    more = (folder / f"controlnet_{place}" for place in itertools.count(1))
+    return [first, *itertools.takewhile(Path.is_dir, more)]
+
+
+def resolve_controlnet(name: str) -> Path:
+    """The folder of a ControlNet that was saved on its own, from a path or the hub.
+
+    Raises:
+        ModelError: no such folder or repository, or it holds no saved network.
+    """
+    folder = hub.download(name, "config.json", "") if _on_hub(name) else Path(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"'{name}' is no saved ControlNet: it has no config.json; give a folder or hub id org/repo")
+    return folder
+
+
+def _read_controlnet(folder: Path) -> ControlNetModel:
+    kind = _read_json(folder / "config.json").get("_class_name")
+    if kind != "ControlNetModel":
+        raise ModelError(f"'{folder.name}' is a {kind}; supported: ControlNetModel")
+    return _read_network(ControlNetModel, folder.parent, folder.name)
+
+
+def _read_network(kind: Any, folder: Path, part: str) -> Any:
     """One network as float32. diffusers and transformers fill a missing tensor with noise and only warn; we refuse."""
+    options: dict[str, Any] = {} if issubclass(kind, PreTrainedModel) else {"low_cpu_mem_usage": False}
+    names = [path.name for path in (folder / part).iterdir()]
     network, loading = kind.from_pretrained(
-        folder, subfolder=part, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        folder,
+        subfolder=part,
+        variant=hub.variant(names),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
     )
     if loading["missing_keys"]:
         raise ValueError(
@@ -95,22 +198,13 @@ def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     return network.float()
 
 
-def _check_belonging(model: Model, name: str) -> None:
-    foundation, module = model.denoiser.foundation.config, model.denoiser.module.config
-    pairs = {
-        "vocabulary of tokenizer and text encoder": (len(model.tokenizer), model.text_encoder.config.vocab_size),
-        "cross_attention_dim of UNet and ControlNet": (foundation.cross_attention_dim, module.cross_attention_dim),
-        "in_channels of UNet and ControlNet": (foundation.in_channels, module.in_channels),
-        "block_out_channels of UNet and ControlNet": (
-            tuple(foundation.block_out_channels),
-            tuple(module.block_out_channels),
-        ),
-        "latent channels of UNet and VAE": (foundation.in_channels, model.vae.config.latent_channels),
-        "width of UNet's text input and text encoder": (
-            foundation.cross_attention_dim,
-            model.text_encoder.config.hidden_size,
-        ),
-    }
-    for what, (left, right) in pairs.items():
-        if left != right:
-            raise ModelError(f"the parts of '{name}' do not belong together: {what} differ, {left} and {right}")
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return content
+
+
+def _on_hub(name: str) -> bool:
+    """A folder of that name wins."""
+    return hub.is_name(name) and not Path(name).is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,15 @@ class Taps:
 
 
 def block_points(network: nn.Module) -> list[str]:
-    """The blocks of a denoiser, foundation and module, in the order in which a picture passes them."""
+    """The blocks of a denoiser, module and foundation, in the order in which a picture passes them.
+
+    With several ControlNets the module's are 'module.nets.0.down_blocks.0' and so on; without a module there are none.
+    """
     points = []
-    for part in ("module", "foundation"):
-        owner = getattr(network, part)
+    several = getattr(network.module, "nets", None)
+    nets = [f"module.nets.{i}" for i in range(len(several))] if several else ["module"] if network.module else []
+    for part in (*nets, "foundation"):
+        owner: Any = network.get_submodule(part)
         points += [f"{part}.down_blocks.{i}" for i in range(len(owner.down_blocks))]
         points += [f"{part}.mid_block"] if owner.mid_block is not None else []
         points += [f"{part}.up_blocks.{i}" for i in range(len(getattr(owner, "up_blocks", [])))]
@@ -62,7 +68,7 @@ def block_points(network: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def feature_shapes(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, int, int]]:
+def feature_shapes(network: nn.Module, inputs: tuple[Any, ...]) -> dict[str, tuple[int, int, int]]:
     """Runs the network once and returns point -> (C, h, w) of every block."""
     with Taps(network, block_points(network)) as taps:
         network(*inputs)

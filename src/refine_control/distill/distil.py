@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from accelerate.utils import gather_object
 
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
+from refine_control.data.table import Steps
 from refine_control.diffusion import store
+from refine_control.diffusion.cache import EncoderCache, digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
@@ -31,10 +34,11 @@ MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on
 class Distiller:
     """A teacher, its data and what was computed of them, shared by every student that is trained on them."""
 
-    def __init__(self, teacher: str, data: DataConfig, run: RunConfig) -> None:
+    def __init__(self, teacher: str, data: DataConfig, run: RunConfig, controlnets: Sequence[str] = ()) -> None:
         set_threads(run)
         self.data = data
-        self.teacher = store.load(teacher, pick_device(run.device)).freeze()
+        self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
+        self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
         if data.resolution != self.teacher.resolution:
             raise ModelError(
                 f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
@@ -43,14 +47,17 @@ class Distiller:
         self.team = PartialState()
         self.labelled, self.unlabelled = open_pictures(data)
         self.validation = open_pictures(data, "val", variants=1)
-        self.encoder = Encoder(self.teacher, data.cache_gb)
+        root = Path(data.cache_dir) if data.cache_dir else None
+        on_disk = EncoderCache(self.teacher, self.labelled, self.unlabelled, root) if root else None
+        self.encoder = Encoder(self.teacher, data.cache_gb, on_disk)
 
     def run(self, recipe: DistilRecipe, folder: Path) -> Path:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
-        _agree(recipe)
+        pinned = recipe.model_copy(update={"teacher": self.name, "controlnets": self.controlnets})
+        _agree(pinned)
         if self.team.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            save(recipe, folder / "recipe.yaml")
+            save(pinned, folder / "recipe.yaml")
         student, bridges = self.fresh_student(recipe)
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
@@ -90,15 +97,33 @@ class Distiller:
     def _train(
         self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, recipe: DistilRecipe
     ) -> None:
+        loader = self.loader(recipe, stage, folder.name)
+        kept = self._kept_steps(recipe, stage, loader.seed, bridges)
         train(
             folder,
-            Distillation(student, self.teacher, bridges, self.encoder, stage),
+            Distillation(student, self.teacher, bridges, self.encoder, stage, kept),
             stage.weights.model_dump(),
-            self.loader(recipe, stage, folder.name),
+            loader,
             stage,
             recipe.run,
             Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
         )
+
+    def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int, bridges: Bridges) -> Steps | None:
+        """What the teacher made of the steps of a stage, for other students that meet the same steps."""
+        if not (self.data.cache_dir and self.data.teacher_cache_gb):
+            return None
+        sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
+        key = {
+            "teacher": [digest(network) for network in self.teacher.networks],
+            "scheduler": self.teacher.scheduler,
+            "pictures": sets,
+            "masks": recipe.masks.model_dump(),
+            "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout"}),
+            "seed": seed,
+            "points": bridges.teacher_points if stage.weights.feature else [],
+        }
+        return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb)
 
 
 def _agree(recipe: DistilRecipe) -> None:
@@ -111,4 +136,5 @@ def _agree(recipe: DistilRecipe) -> None:
 
 def distil(recipe: DistilRecipe) -> Path:
     """`refine-control distill`."""
-    return Distiller(recipe.teacher, recipe.data, recipe.run).run(recipe, Path(recipe.output_dir))
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
+    return distiller.run(recipe, Path(recipe.output_dir))

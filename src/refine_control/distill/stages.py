@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from refine_control.data.batch import Batch
+from refine_control.data.table import Steps
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import NoiseSchedule
 from refine_control.diffusion.taps import Taps
+from refine_control.diffusion.text import Text
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.draw import Draw, draw
 from refine_control.distill.loop import Losses
 from refine_control.distill.losses import feature_loss, output_loss, task_loss
 from refine_control.recipe import StageConfig
+
+Inputs = tuple[Tensor, Tensor, Text, Tensor]  # x_t, t, text, control
+OUTPUT, HALF_MAX = "output", 65504.0
 
 
 class Distillation(nn.Module):
@@ -32,12 +37,19 @@ class Distillation(nn.Module):
     """
 
     def __init__(
-        self, student: Denoiser, teacher: Model, bridges: Bridges, encoder: Encoder, stage: StageConfig
+        self,
+        student: Denoiser,
+        teacher: Model,
+        bridges: Bridges,
+        encoder: Encoder,
+        stage: StageConfig,
+        kept: Steps | None = None,
     ) -> None:
+        """kept: what the teacher made of steps that were met before."""
         super().__init__()
         self.student = student
         self.bridges = bridges if stage.weights.feature else None
-        self.teacher, self.encoder, self.stage = teacher, encoder, stage
+        self.teacher, self.encoder, self.stage, self.kept = teacher, encoder, stage, kept
         self.schedule = NoiseSchedule.from_config(teacher.scheduler)
 
     def forward(self, batch: Batch) -> Losses:
@@ -52,18 +64,31 @@ class Distillation(nn.Module):
             has_task = 1.0 if self.stage.task_on_unlabelled else batch.labelled.to(weight)
             terms["task"] = task_loss(predicted, d.target, weight * has_task)
         if weights.output or weights.feature:
-            with torch.no_grad(), Taps(self.teacher.denoiser, teacher_points) as teacher_taps:
-                taught = self.teacher.denoiser(*inputs)
+            taught, features = self._teach(batch, inputs, teacher_points)
         if weights.output:
             terms["output"] = output_loss(predicted, taught, weight)
         if bridges:
-            terms["feature"] = feature_loss(bridges(student_taps.features), bridges.targets(teacher_taps.features))
+            terms["feature"] = feature_loss(bridges(student_taps.features), bridges.targets(features))
         return terms
 
+    @torch.no_grad()
+    def _teach(self, batch: Batch, inputs: Inputs, points: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's output and its features. What is kept is rounded to half precision, when it is made too."""
+        step = f"{batch.seed:x}-{batch.rows[0]}-{len(batch)}"
+        found = self.kept.get(step) if self.kept else None
+        if found is None:
+            with Taps(self.teacher.denoiser, points) as taps:
+                made = {OUTPUT: self.teacher.denoiser(*inputs), **taps.features}
+            if self.kept is None:
+                return made[OUTPUT], made
+            found = {point: value.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy() for point, value in made.items()}
+            self.kept.put(step, found)
+        device = self.teacher.device
+        made = {point: torch.from_numpy(value).to(device, torch.float32) for point, value in found.items()}
+        return made[OUTPUT], made
 
-def draw_inputs(
-    batch: Batch, encoder: Encoder, schedule: NoiseSchedule, stage: StageConfig
-) -> tuple[Draw, tuple[Tensor, Tensor, Tensor, Tensor]]:
+
+def draw_inputs(batch: Batch, encoder: Encoder, schedule: NoiseSchedule, stage: StageConfig) -> tuple[Draw, Inputs]:
     """What a step draws, and what student and teacher alike are called with: x_t, t, text, control."""
     d = draw(batch, encoder.latents(batch), schedule, stage.caption_dropout)
     return d, (d.x_t, d.t, encoder.text(d.captions), d.control)

@@ -135,12 +135,13 @@ def _train_denoiser(
 
 
 class TeacherTask(nn.Module):
-    """L_task of a batch alone, the text encoder learning along."""
+    """L_task of a batch alone, the text encoders learning along."""
 
     def __init__(self, model: Model, stage: StageConfig, cache_gb: float) -> None:
         super().__init__()
         self.denoiser = model.denoiser.requires_grad_(True)
         self.text_encoder = model.text_encoder.requires_grad_(True)
+        self.text_encoder_2 = model.text_encoder_2.requires_grad_(True) if model.text_encoder_2 else None
         self.model, self.stage = model, stage
         self.schedule = NoiseSchedule.from_config(model.scheduler)
         self.encoder = Encoder(model, cache_gb)

@@ -19,6 +19,7 @@ from torch import Tensor
 from refine_control import __version__
 from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller
+from refine_control.distill.loop import set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -47,15 +48,16 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     and spread), table.csv, table.md and report.html.
     """
     out = Path(recipe.output_dir)
-    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     folders = {(row, seed): out / row / f"seed-{seed}" for seed in seeds for row in rows}
     for (row, seed), folder in folders.items():
         train_row(distiller, recipe, row, seed, folder)
     domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
-    results = {("teacher", 0): evaluate_model(recipe.teacher, domains, recipe.sample, out / "teacher")}
+    name, nets = distiller.name, distiller.controlnets
+    results = {("teacher", 0): evaluate_model(name, domains, recipe, out / "teacher", nets)}
     for key, folder in folders.items():
-        results[key] = evaluate_model(str(folder / "student"), domains, recipe.sample, folder)
-    models = {"teacher": load(recipe.teacher)} | {
+        results[key] = evaluate_model(str(folder / "student"), domains, recipe, folder)
+    models = {"teacher": load(name, controlnets=nets)} | {
         row: load(str(out / row / f"seed-{seeds[0]}/student")) for row in rows
     }
     latency = latency_ms(models)
@@ -83,13 +85,14 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     Writes scores.json, table.csv and table.md in recipe.output_dir and returns the path of scores.json. The models'
     task losses under the right, the empty and a stranger's caption stand in it too.
     """
+    set_threads(recipe.run)
     out = Path(recipe.output_dir)
     domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
     table: dict[str, Any] = {}
     rows = []
     for name in models:
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
-        result = evaluate_model(name, domains, recipe.sample, folder)
+        result = evaluate_model(name, domains, recipe, folder)
         model = load(name).freeze()
         summary = _summary(name, {(name, 0): result}, latency_ms({name: model})[name])
         table[name] = summary | {"caption_losses": caption_losses(model, domains["labelled"].heldout)}
@@ -171,7 +174,7 @@ def _report(
             "seeds": list(seeds),
             "stage 1": recipe.stage1.model_dump(mode="json"),
             "stage 2": recipe.stage2.model_dump(mode="json"),
-            "student": recipe.student.model_dump(mode="json"),
+            "student": recipe.model_dump(mode="json")["student"],
             "sampler": recipe.sample.model_dump(mode="json"),
             "machine": machine(),
         },

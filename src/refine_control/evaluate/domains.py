@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.diffusion.store import load, resolve
+from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import open_pictures
 from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.files import write_whole
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
-from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
+from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
 
 
@@ -52,7 +53,9 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     return domains
 
 
-def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, folder: Path) -> dict[str, Any]:
+def evaluate_model(
+    name: str, domains: dict[str, Domain], recipe: DistilRecipe, folder: Path, controlnets: Sequence[str] = ()
+) -> dict[str, Any]:
     """Scores a saved model on every domain, once: the result is kept in `folder` beside the pictures.
 
     Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see score.score}}; pictures (N, 3, H, W) in
@@ -60,8 +63,8 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
     """
     kept = folder / "evaluation.json"
     settings = {
-        "model": _fingerprint(resolve(name)),
-        "sample": config.model_dump(),
+        "model": _fingerprint(resolve(name, not controlnets), *map(resolve_controlnet, controlnets)),
+        "sample": recipe.sample.model_dump(),
         "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
@@ -69,13 +72,13 @@ def evaluate_model(name: str, domains: dict[str, Domain], config: SampleConfig, 
         result = json.loads(kept.read_text(encoding="utf-8"))
         if result["settings"] == settings:
             return result
-    model = load(name, pick_device("auto")).freeze()
+    model = load(name, pick_device(recipe.run.device), controlnets).freeze()
     counted = cost(model.denoiser, model)
     result = {"settings": settings, "cost": {"params": counted.parameters, "macs": counted.macs}, "domains": {}}
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
-        pictures[domain_name] = domain.heldout.draw(model, config)
+        pictures[domain_name] = domain.heldout.draw(model, recipe.sample)
         result["domains"][domain_name] = domain.score(pictures[domain_name])
     save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
     write_whole(kept, json.dumps(result))
@@ -87,9 +90,9 @@ def drawn(folder: Path) -> dict[str, Tensor]:
     return {domain: p.float() / 255 for domain, p in load_file(folder / "drawn.safetensors").items()}
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(*folders: Path) -> str:
     """Changes when the weights do: the hash of every weight file's bytes."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.safetensors"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

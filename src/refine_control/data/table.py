@@ -1,0 +1,159 @@
+"""What was computed once, kept on disk: keyed by everything that decides it, and whole or not read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from refine_control.errors import DataError
+
+CHUNK_BYTES = 64_000_000
+FORMAT = 1  # of a table's files; another number is another table
+
+
+class Table:
+    """N rows of one shape and dtype, in chunks of equally many rows, each a memory-mapped .npy file.
+
+    A chunk is written aside and renamed, so a run that was stopped goes on with the chunks that are missing and a
+    half-written one is never read. `complete.json` comes last; a table without it is not read either. The folder's name
+    is a hash of `key`: where anything that decides the rows changes, another table is made, and the old one stays until
+    its user removes it.
+    """
+
+    def __init__(
+        self, root: Path, what: str, key: Mapping[str, Any], rows: int, shape: Sequence[int], dtype: str
+    ) -> None:
+        self.rows, self.shape, self.dtype = rows, tuple(shape), np.dtype(dtype)
+        whole = {**key, "rows": rows, "shape": list(shape), "dtype": self.dtype.name, "format": FORMAT}
+        self.key = json.dumps(whole, sort_keys=True, indent=1)
+        self.folder = Path(root) / f"{what}-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
+        row_bytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        self.chunk_rows = max(1, CHUNK_BYTES // max(1, row_bytes))
+        self._open: dict[int, np.ndarray] = {}
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.rows // self.chunk_rows)
+
+    def is_complete(self) -> bool:
+        return (self.folder / "complete.json").is_file()
+
+    def fill(self, compute: Callable[[range], np.ndarray], batch: int, part: int = 0, parts: int = 1) -> None:
+        """Computes the chunks that are missing: every `parts`-th from chunk `part` on, `batch` rows a call.
+
+        compute: range of rows -> (len, *shape). Call `finish` when all parts are filled.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        missing = [i for i in range(part, self.chunks, parts) if not self._path(i).is_file()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for chunk in tqdm(missing, desc=f"caching {self.folder.name}", unit="chunk", disable=not missing):
+                rows = range(chunk * self.chunk_rows, min(self.rows, (chunk + 1) * self.chunk_rows))
+                values = np.empty((len(rows), *self.shape), self.dtype)
+                for first in range(rows.start, rows.stop, batch):
+                    some = range(first, min(first + batch, rows.stop))
+                    values[first - rows.start : some.stop - rows.start] = compute(some)
+                _write(self._path(chunk), partial(np.save, arr=values))
+        except OSError as error:
+            raise DataError(
+                f"cannot write cache '{self.folder}': {error.strerror or error}; make room, or set data.cache_dir null"
+            ) from None
+
+    def finish(self) -> None:
+        """Marks the table complete, after looking at every chunk."""
+        for chunk in range(self.chunks):
+            self._chunk(chunk)
+        _write(self.folder / "complete.json", lambda file: file.write(self.key.encode()))
+
+    def __getitem__(self, rows: Sequence[int]) -> np.ndarray:
+        """(len(rows), *shape), a copy.
+
+        Raises:
+            DataError: the table is not complete, or a chunk was damaged since.
+        """
+        if not self.is_complete():
+            raise DataError(f"cache '{self.folder}' is not complete; run the same command to fill it, or remove it")
+        return np.stack([self._chunk(row // self.chunk_rows)[row % self.chunk_rows] for row in rows])
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"rows-{chunk:06d}.npy"
+
+    def _chunk(self, chunk: int) -> np.ndarray:
+        if chunk not in self._open:
+            path = self._path(chunk)
+            expected = (min(self.rows - chunk * self.chunk_rows, self.chunk_rows), *self.shape)
+            try:
+                values = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, EOFError, ValueError) as error:
+                raise DataError(f"cache '{path}' cannot be read ({error}); remove '{self.folder}'") from None
+            if values.shape != expected or values.dtype != self.dtype:
+                raise DataError(
+                    f"cache '{path}' holds {values.dtype} {values.shape}, not {expected}; remove its folder"
+                )
+            self._open[chunk] = values
+        return self._open[chunk]
+
+
+class Steps:
+    """What was computed at a training step, for runs that meet the same step again: one file a step, up to a size.
+
+    `root` as for a Table. A file is whole or absent; one that cannot be read is computed again.
+    """
+
+    def __init__(self, root: Path, what: str, key: Mapping[str, Any], limit_gb: float) -> None:
+        self.key = json.dumps({**key, "format": FORMAT}, sort_keys=True, indent=1)
+        self.folder = Path(root) / f"{what}-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.left = limit_gb * 2**30 - sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def get(self, step: str) -> dict[str, np.ndarray] | None:
+        path = self.folder / f"{step}.safetensors"
+        try:
+            return load_file(path) if path.is_file() else None
+        except (OSError, SafetensorError):
+            path.unlink(missing_ok=True)
+            return None
+
+    def put(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps what fits; a full disk only means that it is computed again."""
+        size = sum(array.nbytes for array in arrays.values())
+        if size > self.left or size > shutil.disk_usage(self.folder).free // 2:
+            return
+        self.left -= size
+        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        _write(self.folder / f"{step}.safetensors", lambda file: file.write(data))
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Changes when a file is added, removed, renamed, or written anew: names, sizes and times, no contents."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        state = path.stat()
+        digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Aside, synced, renamed; processes that write the same file do not meet."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

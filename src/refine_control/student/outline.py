@@ -1,0 +1,79 @@
+"""A teacher as its configs say, without its weights: all that planning needs, in a second, for any size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+
+from refine_control.diffusion import hub, store
+from refine_control.diffusion.build import build_outline
+from refine_control.diffusion.model import Model
+from refine_control.errors import ModelError
+
+
+def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
+    """A teacher whose networks lie on the meta device; it plans, but it cannot run, and has no text encoder.
+
+    Args:
+        name: a saved pipeline's folder, zoo:NAME, or org/repo@REVISION on the hub, of which only configs are read.
+        controlnets: ControlNets saved on their own, instead of the pipeline's; with none of either, no module.
+
+    Raises:
+        ModelError: a config is not there or makes no network.
+    """
+    folder = str(store.resolve(name)) if name.startswith("zoo:") else name
+    own = _own_controlnets(folder) if not controlnets else []
+    configs = {part: _config(folder, part) for part in ("unet", "vae", "text_encoder")}
+    nets = [_config(net, "") for net in controlnets] or [_config(folder, part) for part in own]
+    try:
+        denoiser, vae = build_outline(configs["unet"], nets, configs["vae"])
+        length = configs["text_encoder"]["max_position_embeddings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the configs of '{name}' make no network: {' '.join(str(error).split())[:300]}") from None
+    nothing: Any = None
+    tokenizer: Any = SimpleNamespace(model_max_length=length)
+    return Model(denoiser, vae, nothing, tokenizer, scheduler={})
+
+
+def _own_controlnets(folder: str) -> list[str]:
+    """The folders of the pipeline's ControlNets: stock pipelines name several controlnet, controlnet_1, ..."""
+    kind = (_json(folder, "model_index.json").get("controlnet") or (None, None))[1]
+    if kind != "MultiControlNetModel":
+        return ["controlnet"] if kind else []
+    more = (f"controlnet_{place}" for place in itertools.count(1))
+    return ["controlnet", *itertools.takewhile(lambda part: _is_there(folder, part), more)]
+
+
+def _is_there(folder: str, part: str) -> bool:
+    try:
+        return bool(_config(folder, part))
+    except ModelError:
+        return False
+
+
+def _config(folder: str, part: str) -> dict[str, Any]:
+    return _json(folder, f"{part}/config.json".lstrip("/"))
+
+
+def _json(folder: str, file: str) -> dict[str, Any]:
+    """A small file of a folder here, or of `org/repo` or `org/repo@REVISION` on the hub."""
+    try:
+        if Path(folder).is_dir():
+            path = Path(folder) / file
+        elif hub.is_name(folder):
+            repo, _, revision = folder.partition("@")
+            path = Path(hf_hub_download(repo, file, revision=revision or None))
+        else:
+            raise ModelError(f"'{folder}' is no folder here; give one, zoo:NAME, or org/repo on the Hugging Face hub")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (HTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot read {file} of '{folder}': {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None

@@ -1,0 +1,56 @@
+"""Distillation from teachers as users have them: any family, with and without a module, pinned when it is the hub's."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from refine_control import recipe as recipes
+from refine_control.diffusion import hub
+from refine_control.distill.distil import distil
+from refine_control.recipe import DistilRecipe, SampleConfig
+from tiny import DATA, RUN, STUDENT, stage, write_folder
+from tiny_sd import NAMES, save_pipeline, tiny_controlnet, tiny_unet
+
+COMMIT = "c" * 40
+
+
+def recipe_for(root: Path, teacher: str, controlnets: tuple[str, ...] = ()) -> DistilRecipe:
+    return DistilRecipe(
+        output_dir=str(root / "run"),
+        teacher=teacher,
+        controlnets=controlnets,
+        data=DATA.model_copy(update={"labelled": str(write_folder(root / "labelled", 4))}),
+        student=STUDENT,
+        stage1=stage(1),
+        stage2=stage(0),
+        sample=SampleConfig(num_inference_steps=1),
+        run=RUN,
+    )
+
+
+@pytest.mark.parametrize(("family", "nets"), [("sd", 0), ("sd2", 1), ("sdxl", 0), ("sdxl", 1)])
+def test_a_student_of_any_family_is_saved_as_its_teachers_class(tmp_path: Path, family: str, nets: int) -> None:
+    teacher = save_pipeline(tmp_path / "teacher", family, nets)
+    student = DiffusionPipeline.from_pretrained(distil(recipe_for(tmp_path, str(teacher))), local_files_only=True)
+    assert type(student).__name__ == f"{NAMES[family]}{'ControlNet' if nets else ''}Pipeline"
+    assert tuple(student.unet.config.block_out_channels) == STUDENT.block_out_channels
+
+
+def test_a_run_keeps_the_commits_of_what_it_took_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"org/model": save_pipeline(tmp_path / "model", "sd", 0), "org/net": tmp_path / "net"}
+    tiny_controlnet(tiny_unet()).save_pretrained(folders["org/net"])
+
+    def model_info(repo: str, revision: str | None) -> SimpleNamespace:
+        files = [path.relative_to(folders[repo]).as_posix() for path in folders[repo].rglob("*.*")]
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=model_info))
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: str(folders[repo]))
+    recipe = recipe_for(tmp_path, "org/model", ("org/net@main",))
+    distil(recipe)
+    saved = recipes.load(DistilRecipe, tmp_path / "run" / "recipe.yaml")
+    assert saved.teacher == f"org/model@{COMMIT}"
+    assert saved.controlnets == (f"org/net@{COMMIT}",)
+    assert saved.model_copy(update={"teacher": recipe.teacher, "controlnets": recipe.controlnets}) == recipe
