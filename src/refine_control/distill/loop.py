@@ -215,7 +215,7 @@ class Log:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         if kept:
             last = json.loads(kept[-1])
-            self.began, self.waited = self.began - last["seconds"], last["waited"]
+            self.began, self.waited = self.began - last["seconds"], last.get("waited", 0.0)
 
     def write(self, line: dict[str, float]) -> None:
         """Adds the seconds of training so far, interruptions not counted, and those of them spent waiting for data."""
