@@ -14,6 +14,7 @@ from refine_control.distill import checkpoint
 from refine_control.distill.distil import Distiller, distil
 from refine_control.errors import ModelError, RecipeError
 from refine_control.recipe import DistilRecipe, SampleConfig
+from refine_control.student.plan import probe
 from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
 
 
@@ -184,3 +185,28 @@ def test_caches_on_disk_change_a_student_by_rounding_only_and_serve_the_next_run
     ours, theirs = weights(first), weights(finished)
     for key, value in theirs.items():
         assert (ours[key] - value).abs().mean() < 1e-3, key
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"), [({"gradient_checkpointing": True}, 1e-6), ({"teacher_dtype": "bf16"}, 2e-3)], ids=str
+)
+def test_saving_memory_changes_a_student_by_rounding_only(
+    finished: Path, recipe: DistilRecipe, tmp_path: Path, change: dict[str, object], tolerance: float
+) -> None:
+    other = distil(into(recipe, tmp_path, run=recipe.run.model_copy(update=change)))
+    ours, theirs = weights(other), weights(finished)
+    for key, value in theirs.items():
+        assert (ours[key] - value).abs().mean() < tolerance, key
+
+
+def test_checkpointed_activations_are_computed_twice_and_the_teachers_weights_are_half(recipe: DistilRecipe) -> None:
+    run = recipe.run.model_copy(update={"gradient_checkpointing": True, "teacher_dtype": "fp16"})
+    distiller = Distiller(recipe.teacher, recipe.data, run)
+    assert {p.dtype for p in distiller.teacher.denoiser.parameters()} == {torch.float16}
+    assert {p.dtype for p in distiller.teacher.vae.parameters()} == {torch.float32}
+    student, _ = distiller.fresh_student(recipe.model_copy(update={"run": run}))
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    runs: list[int] = []
+    student.foundation.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    student.train()(*probe(distiller.teacher)).sum().backward()
+    assert len(runs) == 2

@@ -1,6 +1,7 @@
 """The loop learns, logs what it says, averages, and goes on after any interruption as if there had been none."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -120,6 +121,12 @@ def test_the_first_step_is_adams(tmp_path: Path) -> None:
     before = Toy().x.detach()
     expected = before * (1 - 0.01 * 0.5) - 0.01 * before.sign()
     torch.testing.assert_close(newest(tmp_path)["trainable"]["x"], expected)
+
+
+def test_8_bit_adam_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="optimizer 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes"):
+        toy(tmp_path, Toy(), optimizer="adamw-8bit")
 
 
 # What it logs

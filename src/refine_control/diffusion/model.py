@@ -56,9 +56,14 @@ class Denoiser(nn.Module):
             control: (B, 3, H, W), known pixels in [0, 1], pixels to fill -1; for k nets (B, 3k, H, W), the control
                 pictures stacked in channels. Without a module nothing looks at it.
 
+        Weights in half precision compute in it; the prediction comes back in x_t's own.
+
         Raises:
             ModelError: control has other channels than the nets take.
         """
+        given, dtype = x_t.dtype, self.foundation.dtype
+        x_t, control = x_t.to(dtype), None if control is None else control.to(dtype)
+        text = Text(*(None if part is None else part.to(dtype) for part in text))  # type: ignore[arg-type]
         added = self._sizes(x_t, text, control)
         passes = [
             net(x_t, t, text.tokens, part, added_cond_kwargs=added, return_dict=False)
@@ -76,7 +81,7 @@ class Denoiser(nn.Module):
             down_block_additional_residuals=residuals,
             mid_block_additional_residual=mid,
             return_dict=False,
-        )[0]
+        )[0].to(given)
 
     def _parts(self, control: Tensor | None) -> tuple[Tensor, ...]:
         """Each net's own channels of the control."""

@@ -28,6 +28,7 @@ from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConf
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on
 
 
@@ -39,6 +40,7 @@ class Distiller:
         self.data = data
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
+        self.teacher.denoiser.to(DTYPES[run.teacher_dtype])
         if data.resolution != self.teacher.resolution:
             raise ModelError(
                 f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
@@ -72,8 +74,13 @@ class Distiller:
         torch.manual_seed(recipe.seed)
         student = build_student(recipe.student, self.teacher)
         if recipe.init == "teacher":
-            transplant(student, self.teacher.denoiser)
+            half = recipe.run.teacher_dtype != "fp32"  # the student starts from the weights as they are on the disk
+            teacher = store.load(self.name, controlnets=self.controlnets) if half else self.teacher
+            transplant(student, teacher.denoiser)
         student.to(self.teacher.device)
+        if recipe.run.gradient_checkpointing:
+            for network in (student.foundation, *student.nets):
+                network.enable_gradient_checkpointing()
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         mapping = automatic_map(ours, theirs) if recipe.alignment == "auto" else recipe.alignment

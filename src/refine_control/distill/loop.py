@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -54,9 +54,7 @@ def train(
     device = parameters[0].device
     team = Accelerator(device_placement=False, mixed_precision=run.mixed_precision, cpu=device.type == "cpu")
     share = share_out(batches, stage, run, team)
-    optimizer = torch.optim.AdamW(  # fused: one pass over the weights, on CPU too
-        parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    optimizer = build_optimizer(parameters, stage)
     average = [p.detach().clone() for p in parameters]
     newest = checkpoint.latest(folder / "checkpoints")
     start = checkpoint.restore(newest, objective, average, optimizer) if newest else 0
@@ -114,6 +112,18 @@ def train(
     _copy(average, parameters)
     objective.eval()
     team.free_memory()
+
+
+def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig) -> torch.optim.Optimizer:
+    """Raises UserError where 8-bit AdamW (Dettmers et al. 2021, 2110.02861) is asked for and not installed."""
+    settings: dict[str, Any] = {"lr": stage.learning_rate, "weight_decay": stage.weight_decay, "betas": (0.9, 0.99)}
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings, fused=True)  # fused: one pass over the weights, on CPU too
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit(parameters, **settings)
 
 
 def share_out(batches: Batches, stage: StageConfig, run: RunConfig, team: Accelerator) -> Callable[[int], list[Batch]]:
