@@ -145,7 +145,8 @@ def test_plan_names_the_cost_before_training(workplace: Path, capsys: pytest.Cap
 def test_plan_without_a_recipe_prints_one_that_a_recipe_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wish: tuple[str, ...]
 ) -> None:
-    from refine_control.recipe import DenoiserPlan, validate
+    from refine_control.plans import DenoiserPlan
+    from refine_control.recipe import validate
 
     folder = str(write_configs(tmp_path / "alone", "sd15", module=False))
     net = str(write_configs(tmp_path / "pair", "sd15") / "controlnet")

@@ -15,17 +15,8 @@ from refine_control.data.loader import Loader, Pictures
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import scheduler_config
-from refine_control.recipe import (
-    AutoencoderPlan,
-    DataConfig,
-    DenoiserPlan,
-    LossWeights,
-    MaskConfig,
-    NoiseConfig,
-    RunConfig,
-    StageConfig,
-    TextPlan,
-)
+from refine_control.plans import AutoencoderPlan, DenoiserPlan, TextPlan
+from refine_control.recipe import DataConfig, LossWeights, MaskConfig, NoiseConfig, RunConfig, StageConfig
 
 SIDE = 16
 WORDS = ("a red cat", "a blue dog", "one green leaf", "two yellow suns", "a small house", "an old tree")

@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mask", type=Path, required=True, help="white where to fill, of the picture's size")
     command.add_argument("--prompt", default="")
     command.add_argument("--out", type=Path, default=Path("filled.png"))
+    command.add_argument("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey")
     command.add_argument("--num_inference_steps", default="10")
     command.add_argument("--guidance_scale", default="2.0")
     command.add_argument("--seed", default="0")
@@ -213,7 +214,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     flags = {name: _plain(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
     config = recipe.validate(recipe.SampleConfig, flags, "command line")
-    generate(args.model, args.image, args.mask, args.prompt, args.out, config, str(pick_device(args.device)))
+    kinds = recipe.validate(recipe.DataConfig, {"controls": args.controls.split(",")}, "command line").controls
+    generate(args.model, args.image, args.mask, args.prompt, args.out, config, str(pick_device(args.device)), kinds)
     print(f"wrote {args.out}")
 
 
@@ -241,6 +243,7 @@ def _data(args: argparse.Namespace) -> None:
 
 def _student(args: argparse.Namespace) -> None:
     from refine_control import recipe
+    from refine_control.plans import StudentName
     from refine_control.student.named import named_plan
     from refine_control.student.outline import plan_teacher
     from refine_control.student.plan import plan_table
@@ -261,7 +264,7 @@ def _student(args: argparse.Namespace) -> None:
     if args.target and (args.macs or args.params):
         raise UserError("--target names a student and --macs or --params searches one; give either")
     budget = {flag: parse_amount(value, flag) for flag in ("--macs", "--params") if (value := flags[flag])}
-    known = get_args(recipe.StudentName)
+    known = get_args(StudentName)
     if args.target not in (None, *known):
         raise UserError(f"--target '{args.target}' is no student; there are: {', '.join(known)}")
     teacher = plan_teacher(args.teacher, args.controlnet)

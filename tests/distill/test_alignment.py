@@ -8,7 +8,7 @@ from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map, check_map
 from refine_control.errors import RecipeError
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 from refine_control.student.plan import probe
 from tiny import STUDENT, plan, tiny_denoiser
 

@@ -15,7 +15,8 @@ from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.stages import Distillation
-from refine_control.recipe import DenoiserPlan, StageConfig
+from refine_control.plans import DenoiserPlan
+from refine_control.recipe import StageConfig
 from refine_control.student.plan import probe
 from tiny import STUDENT, batch, loader, plan, stage, tiny_denoiser, tiny_model
 

@@ -4,11 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from refine_control import recipe as recipes
 from refine_control.diffusion import hub
-from refine_control.distill.distil import distil
+from refine_control.diffusion.store import load
+from refine_control.distill.distil import Distiller, distil
+from refine_control.errors import RecipeError
 from refine_control.recipe import DistilRecipe, SampleConfig
 from tiny import DATA, RUN, STUDENT, stage, write_folder
 from tiny_sd import NAMES, save_pipeline, tiny_controlnet, tiny_unet
@@ -36,6 +39,24 @@ def test_a_student_of_any_family_is_saved_as_its_teachers_class(tmp_path: Path, 
     student = DiffusionPipeline.from_pretrained(distil(recipe_for(tmp_path, str(teacher))), local_files_only=True)
     assert type(student).__name__ == f"{NAMES[family]}{'ControlNet' if nets else ''}Pipeline"
     assert tuple(student.unet.config.block_out_channels) == STUDENT.block_out_channels
+
+
+def test_two_controlnets_are_distilled_into_two(tmp_path: Path) -> None:
+    """One is shown the masked picture, the other its edges; each learns from its own teacher, and both learn."""
+    teacher = save_pipeline(tmp_path / "teacher", "sd", 2)
+    recipe = recipe_for(tmp_path, str(teacher))
+    with pytest.raises(RecipeError, match=r"names 1 controls \(inpaint\) but teacher .* has 2 ControlNets"):
+        distil(recipe)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"controls": ("inpaint", "edges")})})
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    start, bridges = distiller.fresh_student(recipe)
+    for ours, theirs in bridges.mapping.items():
+        assert ours.rpartition(".")[0] == theirs.rpartition(".")[0], "net 0 from net 0, net 1 from net 1"
+    assert {point.split(".")[2] for point in bridges.mapping if point.startswith("module.nets")} == {"0", "1"}
+    student = load(str(distil(recipe)))
+    assert len(student.denoiser.nets) == 2
+    for before, after in zip(start.nets, student.denoiser.nets, strict=True):
+        assert not torch.equal(before.conv_in.weight, after.conv_in.weight)
 
 
 def test_a_run_keeps_the_commits_of_what_it_took_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.errors import RecipeError
-from refine_control.recipe import DenoiserPlan, validate
+from refine_control.plans import DenoiserPlan
+from refine_control.recipe import validate
 from refine_control.student.named import named_plan
 from refine_control.student.plan import build_student, cost, plan_cost, plan_table, probe
 from tiny import STUDENT, TEACHER, plan, tiny_denoiser, tiny_model

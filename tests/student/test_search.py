@@ -12,7 +12,8 @@ from published import UNETS, write_configs
 from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.errors import RecipeError
-from refine_control.recipe import DenoiserPlan, validate
+from refine_control.plans import DenoiserPlan
+from refine_control.recipe import validate
 from refine_control.student.count import Setting, count
 from refine_control.student.named import named_plan, plan_of, reshape
 from refine_control.student.outline import plan_teacher

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import tiny_sd
 from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 from refine_control.student.axes import axes
 from refine_control.student.named import named_plan, plan_of, reshape
 from refine_control.student.plan import build_student, probe

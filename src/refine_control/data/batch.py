@@ -21,6 +21,7 @@ class Batch:
     """B pictures with their masks and captions: a step's rows, or one process's part of them.
 
     image: float32 (B, 3, H, W) in [-1, 1]. mask: float32 (B, 1, H, W), 1 = pixels to fill.
+    control: float32 (B, k, H, W), what the ControlNets are shown; see controls.py.
     captions: B strings, '' where there is none. labelled: bool (B,).
     index: int64 (B,), one number for each version of each picture, to keep what was computed of it.
     keys: B names for messages. seed: every random draw of the step starts from it.
@@ -30,6 +31,7 @@ class Batch:
 
     image: Float[Tensor, "B 3 H W"]
     mask: Float[Tensor, "B 1 H W"]
+    control: Float[Tensor, "B k H W"]
     captions: tuple[str, ...]
     labelled: Bool[Tensor, " B"]
     index: Int64[Tensor, " B"]
@@ -42,7 +44,8 @@ class Batch:
         return len(self.image)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, image=self.image.to(device), mask=self.mask.to(device), labelled=self.labelled.to(device))
+        names = ("image", "mask", "control", "labelled")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def generator(self, *purpose: int | str) -> torch.Generator:
         """A fresh CPU generator: the same draws on every device and after every resume."""

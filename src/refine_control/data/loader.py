@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from refine_control.data.batch import Batch, derive_seed
+from refine_control.data.controls import controls_of
 from refine_control.data.example import Example
 from refine_control.data.images import fit_square, fit_square_mask
 from refine_control.data.masks import sample_mask
@@ -149,6 +150,7 @@ class Loader:
         self.labelled, self.unlabelled = labelled, unlabelled
         self.mask_weights = masks.model_dump()
         self.batch_size, self.seed = batch_size, seed
+        self.controls = next(pictures.config.controls for pictures in (labelled, unlabelled) if pictures)
         self.labelled_rows = round(batch_size * labelled_fraction)
         if (self.labelled_rows == 0) != (labelled_fraction == 0) or (self.labelled_rows == batch_size) != (
             labelled_fraction == 1
@@ -175,7 +177,7 @@ class Loader:
             numbers.append(offset + number)
         has_label = [row < self.labelled_rows for row in rows]
         seed = derive_seed(self.seed, "step", step)
-        return make_batch(examples, self.mask_weights, seed, has_label, numbers, rows, self.batch_size)
+        return make_batch(examples, self.mask_weights, seed, has_label, numbers, rows, self.batch_size, self.controls)
 
 
 def make_batch(
@@ -186,8 +188,11 @@ def make_batch(
     numbers: list[int],
     rows: Sequence[int] | None = None,
     whole: int | None = None,
+    controls: Sequence[str] = ("inpaint",),
 ) -> Batch:
     """Collates examples; a row with a mask of its own keeps it, every other draws one by its own seed.
+
+    Where no control is for inpainting, the whole picture is to be drawn: the mask is 1 everywhere.
 
     rows, whole: the examples' places in a batch that is shared out; by default they are the whole batch.
     """
@@ -197,9 +202,13 @@ def make_batch(
         e.mask if e.mask is not None else sample_mask(mask_weights, size, derive_seed(seed, "mask", row))
         for row, e in zip(rows, examples, strict=True)
     ]
+    image = torch.from_numpy(np.stack([e.image for e in examples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mask = torch.from_numpy(np.stack(masks))[:, None].float()
+    mask = mask if "inpaint" in controls else torch.ones_like(mask)
     return Batch(
-        image=torch.from_numpy(np.stack([e.image for e in examples])).permute(0, 3, 1, 2).float() / 127.5 - 1,
-        mask=torch.from_numpy(np.stack(masks))[:, None].float(),
+        image=image,
+        mask=mask,
+        control=controls_of(controls, examples, image, mask),
         captions=tuple((e.text or "") if has else "" for e, has in zip(examples, labelled, strict=True)),
         labelled=torch.tensor(labelled),
         index=torch.tensor(numbers),

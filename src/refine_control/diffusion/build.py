@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from refine_control.diffusion.model import Denoiser
 from refine_control.errors import RecipeError
-from refine_control.recipe import AutoencoderPlan, DenoiserPlan, TextPlan
+from refine_control.plans import AutoencoderPlan, DenoiserPlan, TextPlan
 
 
 def build_denoiser(plan: DenoiserPlan, latent_channels: int, text_width: int, sample_size: int) -> Denoiser:

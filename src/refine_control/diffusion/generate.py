@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from refine_control.data.controls import inpaint_control
+from refine_control.data.example import Example
 from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
-from refine_control.diffusion.sample import paste, sample
+from refine_control.data.loader import make_batch
+from refine_control.diffusion.sample import fill
 from refine_control.diffusion.store import load
 from refine_control.errors import DataError
 from refine_control.recipe import SampleConfig
 
 
-def generate(model: str, image: Path, mask: Path, prompt: str, out: Path, config: SampleConfig, device: str) -> None:
+def generate(
+    model: str,
+    image: Path,
+    mask: Path,
+    prompt: str,
+    out: Path,
+    config: SampleConfig,
+    device: str,
+    controls: Sequence[str] = ("inpaint",),
+) -> None:
     """Fills the white part of `mask` in `image` and writes a PNG at the model's resolution. Known pixels stay.
 
     Raises:
@@ -27,9 +37,10 @@ def generate(model: str, image: Path, mask: Path, prompt: str, out: Path, config
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     loaded = load(model, device).freeze()
-    known = torch.from_numpy(fit_square(picture, loaded.resolution)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    where = torch.from_numpy(fit_square_mask(hole, loaded.resolution))[None, None].float()
-    filled = paste(sample(loaded, inpaint_control(known, where), [prompt], config, [config.seed]), known, where)
+    side = loaded.resolution
+    example = Example(image.name, fit_square(picture, side), prompt, fit_square_mask(hole, side))
+    batch = make_batch([example], {}, config.seed, [True], [0], controls=controls)
+    _, filled = fill(loaded, batch, config, [config.seed])
     pixels = ((filled[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     try:
         Image.fromarray(np.ascontiguousarray(pixels)).save(out)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from refine_control.data.batch import Batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
 from refine_control.recipe import SampleConfig
@@ -55,6 +56,12 @@ def _denoise(
             prediction = empty + config.guidance_scale * (captioned - empty)
         latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
     return latents
+
+
+def fill(model: Model, batch: Batch, config: SampleConfig, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the model draws for each row, and the same with the known pixels pasted back: (B, 3, H, W) in [-1, 1]."""
+    drawn = sample(model, batch.control, batch.captions, config, seeds)
+    return drawn, paste(drawn, batch.image, batch.mask)
 
 
 def paste(drawn: Tensor, known: Tensor, mask: Tensor) -> Tensor:

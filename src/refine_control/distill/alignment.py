@@ -3,6 +3,7 @@ fixed norms of the teacher's features."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -130,9 +131,9 @@ def _key(point: str) -> str:
     return point.replace(".", "-")
 
 
-def _side(point: str) -> tuple[str, str]:
-    part, block = point.split(".")[:2]
-    return part, block
+def _side(point: str) -> str:
+    """'module.nets.1.down_blocks.2' -> 'module.nets.1.down_blocks': all of the name but a number at its end."""
+    return re.sub(r"\.\d+$", "", point)
 
 
 def _depth(point: str, shapes: Shapes) -> float:

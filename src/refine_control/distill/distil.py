@@ -46,6 +46,12 @@ class Distiller:
                 f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
                 f"{self.teacher.resolution}; set data.resolution {self.teacher.resolution}"
             )
+        nets = self.teacher.denoiser.nets
+        if nets and len(nets) != len(data.controls):
+            raise RecipeError(
+                f"data.controls names {len(data.controls)} controls ({', '.join(data.controls)}) but teacher "
+                f"'{teacher}' has {len(nets)} ControlNets; name one for each, in their order"
+            )
         self.team = PartialState()
         self.labelled, self.unlabelled = open_pictures(data)
         self.validation = open_pictures(data, "val", variants=1)

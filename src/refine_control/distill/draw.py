@@ -9,7 +9,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from refine_control.data.batch import Batch
-from refine_control.data.controls import inpaint_control
 from refine_control.diffusion.noise import NoiseSchedule
 
 
@@ -38,6 +37,6 @@ def draw(batch: Batch, latents: Float[Tensor, "B c h w"], schedule: NoiseSchedul
         eps=eps,
         x_t=schedule.add_noise(latents, eps, t),
         target=schedule.target(latents, eps, t),
-        control=inpaint_control(batch.image, batch.mask),
+        control=batch.control,
         captions=tuple(c if k else "" for c, k in zip(batch.captions, keep.tolist(), strict=True)),
     )

@@ -1,4 +1,4 @@
-"""Pictures during training: masked input, what the model makes of it, truth."""
+"""Pictures during training: what the model is shown, what it makes of it, truth."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from refine_control.data.batch import derive_seed
-from refine_control.data.controls import inpaint_control
 from refine_control.data.loader import Pictures, make_batch
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.sample import paste, sample
+from refine_control.diffusion.sample import fill
 from refine_control.recipe import MaskConfig, SampleConfig
 
 COLUMNS = 12
@@ -29,14 +28,22 @@ class Preview:
         share = COLUMNS // len(sets)
         examples = [p[int(i)] for p in sets for i in np.linspace(0, p.examples - 1, share)]
         has_label = [p is pictures[0] for p in sets for _ in range(share)]
-        self.batch = make_batch(examples, masks.model_dump(), derive_seed("preview"), has_label, [0] * len(examples))
+        self.kinds = sets[0].config.controls
+        numbers = [0] * len(examples)
+        self.batch = make_batch(
+            examples, masks.model_dump(), derive_seed("preview"), has_label, numbers, controls=self.kinds
+        )
         self.model, self.config = model, config
 
     def __call__(self, path: Path) -> None:
         b = self.batch
         seeds = [derive_seed("preview", i) for i in range(len(b))]
-        drawn = sample(self.model, inpaint_control(b.image, b.mask), b.captions, self.config, seeds)
-        save_grid(path, [mask_out(b.image, b.mask), drawn, paste(drawn, b.image, b.mask), b.image])
+        drawn, pasted = fill(self.model, b, self.config, seeds)
+        shown = [
+            mask_out(b.image, b.mask) if kind == "inpaint" else part * 2 - 1
+            for kind, part in zip(self.kinds, b.control.split(3, dim=1), strict=True)
+        ]
+        save_grid(path, [*shown, drawn, pasted, b.image])
 
 
 def mask_out(image: Tensor, mask: Tensor) -> Tensor:

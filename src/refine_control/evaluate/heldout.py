@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from refine_control.data.batch import Batch, derive_seed
-from refine_control.data.controls import inpaint_control
 from refine_control.data.loader import Pictures, make_batch
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.sample import paste, sample
+from refine_control.diffusion.sample import fill
 from refine_control.recipe import EvaluateConfig, MaskConfig, SampleConfig
 from refine_control.student.plan import probe
 
@@ -36,7 +35,12 @@ class HeldOut:
         rows = np.linspace(0, pictures.examples - 1, count).round().astype(int).tolist()
         examples = [pictures[row] for row in rows]
         seed = derive_seed("held-out", config.seed)
-        return cls(name, make_batch(examples, masks.model_dump(), seed, [has_captions] * count, rows))
+        return cls(
+            name,
+            make_batch(
+                examples, masks.model_dump(), seed, [has_captions] * count, rows, controls=pictures.config.controls
+            ),
+        )
 
     @property
     def true(self) -> Tensor:
@@ -46,7 +50,7 @@ class HeldOut:
     def fingerprint(self) -> str:
         """Changes with the pictures, the masks or the captions: what a kept score was measured on."""
         digest = hashlib.sha256("\0".join(self.batch.captions).encode())
-        for tensor in (self.batch.image, self.batch.mask):
+        for tensor in (self.batch.image, self.batch.mask, self.batch.control):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -54,8 +58,7 @@ class HeldOut:
         """What the model makes of every masked picture, known pixels pasted back: (N, 3, H, W) in [0, 1]."""
         b = self.batch
         seeds = [derive_seed("noise", config.seed, row) for row in range(len(b))]
-        drawn = sample(model, inpaint_control(b.image, b.mask), b.captions, config, seeds)
-        return (paste(drawn, b.image, b.mask) + 1) / 2
+        return (fill(model, b, config, seeds)[1] + 1) / 2
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 
 
 class Axis(NamedTuple):

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 
 from refine_control.diffusion.model import Model
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 from refine_control.student.plan import Cost
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from refine_control.diffusion.model import Denoiser
 from refine_control.errors import ModelError, RecipeError
-from refine_control.recipe import DenoiserPlan, StudentName
+from refine_control.plans import DenoiserPlan, StudentName
 
 SHARES: dict[str, tuple[Fraction, ...]] = {  # of the teacher's width, from the top level down
     "mobile": (Fraction(1, 2), Fraction(1, 2), Fraction(2, 5)),

@@ -12,7 +12,7 @@ from refine_control.diffusion.build import build_foundation, build_net, module_o
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.text import Text
 from refine_control.errors import RecipeError
-from refine_control.recipe import DenoiserPlan, StudentName
+from refine_control.plans import DenoiserPlan, StudentName
 from refine_control.student.named import named_plan
 
 

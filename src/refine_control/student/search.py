@@ -20,7 +20,7 @@ import yaml
 
 from refine_control.diffusion.model import Model
 from refine_control.errors import RecipeError
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 from refine_control.student.count import Setting, count
 from refine_control.student.named import plan_of, reshape, scaled
 from refine_control.student.plan import Cost, cost, cost_table

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refine_control.diffusion.model import Denoiser
-from refine_control.recipe import DenoiserPlan
+from refine_control.plans import DenoiserPlan
 from refine_control.student.axes import Axis, Dimension, axes, residuals
 from refine_control.student.named import plan_of
 
