@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refine_control.data.batch import Batch
+from refine_control.diffusion.text import Text
 from refine_control.distill.distil import Distiller
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.stages import Distillation
@@ -78,10 +79,15 @@ def main() -> None:
 
 
 def measure(recipe: DistilRecipe, count: int) -> dict:
-    distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
+    distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     student, bridges = distiller.fresh_student(recipe)
     stage, teacher = recipe.stage1, distiller.teacher
-    inputs = [x.expand(stage.batch_size, *x.shape[1:]).contiguous() for x in probe(teacher, teacher.device)]
+
+    def repeated(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(stage.batch_size, *x.shape[1:]).contiguous()
+
+    x_t, t, text, control = probe(teacher, teacher.device)
+    inputs = (repeated(x_t), repeated(t), Text(*map(repeated, text)), repeated(control))
 
     def floor() -> None:
         with torch.no_grad():

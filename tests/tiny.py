@@ -12,7 +12,7 @@ from PIL import Image
 from refine_control.data.batch import Batch
 from refine_control.data.example import Example
 from refine_control.data.loader import Loader, Pictures
-from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text
+from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import scheduler_config
 from refine_control.plans import AutoencoderPlan, DenoiserPlan, TextPlan
@@ -52,7 +52,8 @@ def tiny_model(shape: DenoiserPlan = TEACHER, noise: NoiseConfig | None = None, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = build_autoencoder(AUTOENCODER).eval()
-        text_encoder, tokenizer = build_text(TEXT, list(WORDS))
+        tokenizer = build_tokenizer(TEXT, list(WORDS))
+        text_encoder = build_text_encoder(TEXT, tokenizer)
     return Model(
         tiny_denoiser(shape, seed), vae, text_encoder.eval(), tokenizer, scheduler_config(noise or NoiseConfig())
     )

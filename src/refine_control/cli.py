@@ -184,7 +184,7 @@ def _distill(args: argparse.Namespace) -> None:
     from refine_control.distill.distil import distil
 
     folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
-    print(f"the student is in {folder}; StableDiffusionControlNetPipeline.from_pretrained loads it")
+    print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -90,7 +90,6 @@ class StageConfig(Config):
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate: float = Field(0.0, ge=0, le=1)  # of learning_rate, at the end of the cosine
     weight_decay: float = Field(0.01, ge=0)
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # the latter needs bitsandbytes
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: float = Field(0.999, ge=0, lt=1)
     weights: LossWeights = LossWeights()
@@ -105,7 +104,7 @@ class RunConfig(Config):
 
     device: str = "auto"
     num_threads: PositiveInt | None = None  # default: the cores we may use
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     teacher_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the teacher's weights: half the memory, less time
     gradient_checkpointing: bool = False  # the student's activations are computed twice instead of kept
     gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch

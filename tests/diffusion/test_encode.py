@@ -90,3 +90,13 @@ def test_a_kept_row_does_not_hold_its_batch() -> None:
     encoder = Encoder(Counting(), LOTS)
     encoder.latents(numbered(*range(8)))
     assert [kept.untyped_storage().nbytes() for (kept,) in encoder._latents.values()] == [ROW_BYTES] * 8
+
+
+def test_a_steps_precision_does_not_reach_what_is_kept(teacher: Model) -> None:
+    b = batch(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = Encoder(teacher, LOTS)
+        latents, text = inside.latents(b), inside.text(b.captions)
+    outside = Encoder(teacher, LOTS)
+    assert torch.equal(latents, outside.latents(b))
+    assert torch.equal(text.tokens, outside.text(b.captions).tokens)

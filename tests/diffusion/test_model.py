@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refine_control.diffusion.build import build_autoencoder, build_text
+from refine_control.diffusion.build import build_autoencoder, build_text_encoder, build_tokenizer
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.store import load, resolve, save
 from refine_control.diffusion.text import Text
@@ -201,7 +201,8 @@ def test_weights_that_lack_a_tensor(folder: Path, part: str) -> None:
 
 
 def other_text_width(model: Model) -> Model:
-    text_encoder, tokenizer = build_text(TEXT.model_copy(update={"hidden_size": 24}), list(WORDS))
+    tokenizer = build_tokenizer(TEXT, list(WORDS))
+    text_encoder = build_text_encoder(TEXT.model_copy(update={"hidden_size": 24}), tokenizer)
     return replace(model, text_encoder=text_encoder, tokenizer=tokenizer)
 
 

@@ -210,3 +210,33 @@ def test_checkpointed_activations_are_computed_twice_and_the_teachers_weights_ar
     student.foundation.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
     student.train()(*probe(distiller.teacher)).sum().backward()
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("change", ["scale", "empty", "config", "captions", "seed", "precision"])
+def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
+    recipe: DistilRecipe, tmp_path: Path, change: str
+) -> None:
+    data = recipe.data.model_copy(update={"cache_dir": str(tmp_path), "teacher_cache_gb": 1.0})
+    distiller, seed, run = Distiller(recipe.teacher, data, recipe.run), 0, recipe.run
+    _, bridges = distiller.fresh_student(recipe)
+
+    def place() -> str:
+        kept = distiller._kept_steps(recipe.model_copy(update={"run": run}), recipe.stage1, seed, bridges)
+        assert kept is not None
+        return kept.folder.name
+
+    before = place()
+    assert place() == before
+    if change == "scale":
+        distiller.teacher.vae.register_to_config(scaling_factor=0.5)
+    elif change == "empty":
+        distiller.teacher.empty_is_zeros = True
+    elif change == "config":
+        distiller.teacher.denoiser.foundation.register_to_config(attention_head_dim=3)
+    elif change == "captions":
+        distiller.teacher.tokenizer.add_tokens(["red cat"])
+    elif change == "seed":
+        seed = 1
+    else:
+        run = run.model_copy(update={"mixed_precision": "bf16"})
+    assert place() != before

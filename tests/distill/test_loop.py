@@ -1,7 +1,6 @@
 """The loop learns, logs what it says, averages, and goes on after any interruption as if there had been none."""
 
 import json
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -17,7 +16,7 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
-from refine_control.distill.loop import Losses, learning_rate, pick_device, set_threads, train
+from refine_control.distill.loop import Losses, learning_rate, pick_device, refuse_processes, set_threads, train
 from refine_control.distill.stages import Distillation
 from refine_control.errors import RecipeError, UserError
 from refine_control.recipe import RunConfig
@@ -121,12 +120,6 @@ def test_the_first_step_is_adams(tmp_path: Path) -> None:
     before = Toy().x.detach()
     expected = before * (1 - 0.01 * 0.5) - 0.01 * before.sign()
     torch.testing.assert_close(newest(tmp_path)["trainable"]["x"], expected)
-
-
-def test_8_bit_adam_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match="optimizer 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes"):
-        toy(tmp_path, Toy(), optimizer="adamw-8bit")
 
 
 # What it logs
@@ -358,6 +351,23 @@ def test_a_device_that_does_not_exist() -> None:
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(UserError, match=r"run\.device = 'abacus' is no device; give auto, cpu"):
         pick_device("abacus")
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for processes in ("1", "4", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        set_threads(RunConfig())
+    assert given == [8, 2, 1]
+
+
+def test_what_is_one_processs_work_is_refused_to_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_processes("compare")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="compare runs as one process, only distill is shared by several"):
+        refuse_processes("compare")
 
 
 def test_threads_are_a_setting() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refine_control.diffusion.store import load
-from refine_control.distill.teacher import Reconstruction, TeacherTask, open_pictures, train_teacher
+from refine_control.distill.teacher import Reconstruction, TeacherTask, _fresh_or_loaded, open_pictures, train_teacher
 from refine_control.recipe import SampleConfig, TeacherRecipe
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
 
@@ -41,6 +41,19 @@ def test_it_is_saved_in_half_and_loads(folder: Path, recipe: TeacherRecipe) -> N
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     parameters = sum(p.numel() for n in (model.denoiser, model.vae, model.text_encoder) for p in n.parameters())
     assert weights < 2.5 * parameters
+
+
+def test_a_run_keeps_its_tokenizer(folder: Path, recipe: TeacherRecipe) -> None:
+    """Trained anew at a resume, it would give the embeddings that were learned to other words."""
+    pictures, _ = open_pictures(recipe.data)
+    kept = folder.parent / "tokenizer"
+    marked = kept / "tokenizer_config.json"
+    before = marked.read_bytes()
+    again = _fresh_or_loaded(recipe, pictures, kept)
+    assert marked.read_bytes() == before
+    words = ["a red cat", "two yellow suns"]
+    assert again.tokenizer(words).input_ids == load(str(folder)).tokenizer(words).input_ids
+    assert again.tokenizer.model_max_length == TEXT.max_length
 
 
 def test_latents_have_about_unit_variance(folder: Path, recipe: TeacherRecipe) -> None:

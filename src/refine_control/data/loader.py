@@ -34,6 +34,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Example: ...
     def keys(self) -> list[str]: ...
     def files(self) -> list[Path]: ...
+    def text(self, index: int) -> str | None: ...
 
 
 class Pictures:
@@ -63,6 +64,10 @@ class Pictures:
         if self._kept is not None:
             self._kept[number] = example
         return example
+
+    def text(self, index: int) -> str:
+        """The caption of example `index`, '' where it has none; decodes nothing."""
+        return self.dataset.text(index) or ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Changes with what `self[number]` may be: the files, and how they become pictures of one size."""
@@ -119,6 +124,9 @@ class Subset:
 
     def files(self) -> list[Path]:
         return self.dataset.files()
+
+    def text(self, index: int) -> str | None:
+        return self.dataset.text(self.rows[index])
 
 
 def _without_faults(dataset: Dataset) -> Dataset:

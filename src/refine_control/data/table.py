@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ class Steps:
             return
         self.left -= size
         data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        _write(self.folder / f"{step}.safetensors", lambda file: file.write(data))
+        with suppress(OSError):
+            _write(self.folder / f"{step}.safetensors", lambda file: file.write(data))
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

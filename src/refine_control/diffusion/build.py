@@ -108,10 +108,15 @@ def build_autoencoder(plan: AutoencoderPlan) -> AutoencoderKL:
     )
 
 
-def build_text(plan: TextPlan, captions: list[str]) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A fresh text encoder and a byte-pair tokenizer trained on these captions."""
+def build_tokenizer(plan: TextPlan, captions: list[str]) -> CLIPTokenizer:
+    """A byte-pair tokenizer trained on these captions. Equally frequent pairs get other numbers in another process."""
     tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=plan.vocab_size)
     tokenizer.model_max_length = plan.max_length
+    return tokenizer
+
+
+def build_text_encoder(plan: TextPlan, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A fresh text encoder for a tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=plan.hidden_size,
@@ -124,4 +129,4 @@ def build_text(plan: TextPlan, captions: list[str]) -> tuple[CLIPTextModel, CLIP
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config), tokenizer
+    return CLIPTextModel(config)

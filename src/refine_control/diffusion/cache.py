@@ -28,7 +28,7 @@ class EncoderCache:
     def __init__(self, model: Model, labelled: Pictures, unlabelled: Pictures | None, root: Path) -> None:
         self.labelled = latent_table(model, labelled, root)
         self.unlabelled = None if unlabelled is None else latent_table(model, unlabelled, root)
-        captions = {labelled.dataset[i].text or "" for i in range(labelled.examples)}
+        captions = {labelled.text(i) for i in range(labelled.examples)}
         self.captions = {caption: row for row, caption in enumerate(sorted({*captions, ""}))}
         self.texts = text_tables(model, list(self.captions), root)
 
@@ -67,11 +67,10 @@ def latent_table(model: Model, pictures: Pictures, root: Path) -> Table:
 @torch.no_grad()
 def text_tables(model: Model, captions: list[str], root: Path) -> list[Table]:
     """Row i: the tokens of captions[i]; with SDXL a second table of pooled embeddings."""
-    tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
     encoders = [e for e in (model.text_encoder, model.text_encoder_2) if e is not None]
     key: dict[str, Any] = {
         "encoders": [digest(encoder) for encoder in encoders],
-        "ids": [hashlib.sha256(repr(tokenizer(captions).input_ids).encode()).hexdigest() for tokenizer in tokenizers],
+        "ids": caption_ids(model, captions),
         "empty_is_zeros": model.empty_is_zeros,
     }
 
@@ -83,6 +82,12 @@ def text_tables(model: Model, captions: list[str], root: Path) -> list[Table]:
         table = Table(root, "text", {**key, "part": place}, len(captions), part.shape[1:], _name(part.dtype))
         tables.append(_filled(table, lambda rows, place=place: _array(embed(rows)[place])))
     return tables
+
+
+def caption_ids(model: Model, captions: list[str]) -> list[str]:
+    """A hash of what each tokenizer makes of captions: changes with either."""
+    tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
+    return [hashlib.sha256(repr(tokenizer(captions).input_ids).encode()).hexdigest() for tokenizer in tokenizers]
 
 
 def digest(network: nn.Module) -> str:

@@ -55,7 +55,9 @@ class Encoder:
         missing = {key: row for row, key in enumerate(keys) if key not in kept}
         fresh: dict[Hashable, Row] = {}
         if missing:
-            fresh = dict(zip(missing, zip(*compute(list(missing.values())), strict=True), strict=True))
+            with torch.autocast(self.model.device.type, enabled=False):  # latents do not depend on how a step computes
+                computed = compute(list(missing.values()))
+            fresh = dict(zip(missing, zip(*computed, strict=True), strict=True))
         rows = [fresh[key] if key in fresh else kept[key] for key in keys]
         result = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         for key, row in fresh.items():

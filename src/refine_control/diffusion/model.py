@@ -141,6 +141,11 @@ class Model:
         networks = self.denoiser, self.vae, self.text_encoder, self.text_encoder_2
         return tuple(network for network in networks if network is not None)
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """As `networks`, the denoiser taken apart: each with the config that it is saved with."""
+        return (self.denoiser.foundation, *self.denoiser.nets, *self.networks[1:])
+
     def to(self, device: str | torch.device) -> Model:
         for network in self.networks:
             network.to(device)

@@ -14,7 +14,7 @@ from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
 from refine_control.data.table import Steps
 from refine_control.diffusion import store
-from refine_control.diffusion.cache import EncoderCache, digest
+from refine_control.diffusion.cache import EncoderCache, caption_ids, digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
@@ -97,8 +97,9 @@ class Distiller:
 
     def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
         stage = recipe.stage1
-        loader = self.loader(recipe, stage, "norms")
-        batches = (loader(step) for step in range(-(-MEASURED_ROWS // stage.batch_size)))
+        loader, passes = self.loader(recipe, stage, "norms"), recipe.run.gradient_accumulation_steps
+        steps = range(-(-MEASURED_ROWS // stage.batch_size))
+        batches = (loader(step, part, passes) for step in steps for part in range(passes))
         features = teacher_features(bridges.teacher_points, self.teacher, self.encoder, stage, batches)
         bridges.measure(features, recipe.feature_norm)
 
@@ -128,8 +129,11 @@ class Distiller:
             return None
         sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
         key = {
-            "teacher": [digest(network) for network in self.teacher.networks],
+            "teacher": [[digest(network), str(network.config)] for network in self.teacher.parts],
             "scheduler": self.teacher.scheduler,
+            "empty_is_zeros": self.teacher.empty_is_zeros,
+            "ids": caption_ids(self.teacher, [""] + [self.labelled.text(i) for i in range(self.labelled.examples)]),
+            "precision": recipe.run.mixed_precision,
             "pictures": sets,
             "masks": recipe.masks.model_dump(),
             "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout"}),

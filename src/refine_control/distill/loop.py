@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -52,13 +53,21 @@ def train(
     """
     parameters = [p for p in objective.parameters() if p.requires_grad]
     device = parameters[0].device
-    team = Accelerator(device_placement=False, mixed_precision=run.mixed_precision, cpu=device.type == "cpu")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=not (weights.get("task") or weights.get("output")))
+    team = Accelerator(
+        device_placement=False,
+        mixed_precision=run.mixed_precision,
+        cpu=device.type == "cpu",
+        kwargs_handlers=[unused],  # features alone do not reach a network's last layer
+    )
     share = share_out(batches, stage, run, team)
-    optimizer = build_optimizer(parameters, stage)
+    optimizer = torch.optim.AdamW(  # fused: one pass over the weights, on CPU too
+        parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
+    )
     average = [p.detach().clone() for p in parameters]
     newest = checkpoint.latest(folder / "checkpoints")
     start = checkpoint.restore(newest, objective, average, optimizer) if newest else 0
-    shared, scaled = team.prepare_model(objective), team.prepare_optimizer(optimizer)
+    shared = team.prepare_model(objective)
     log = Log(folder / "losses.jsonl", start, team.is_main_process)
     objective.train()
     bar = tqdm(
@@ -83,16 +92,14 @@ def train(
                     team.backward(loss / len(passes))
                 for name, term in {"loss": loss, **terms}.items():
                     sums[name] = sums.get(name, 0) + term.detach() / len(passes)
-            team.unscale_gradients(scaled)
             norm = clip(parameters, stage.max_grad_norm)
-            finite = math.isfinite(norm) and math.isfinite(sums["loss"])
-            if not finite and team.scaler is None:  # in half precision a scaler skips such steps itself
+            if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
                 named = ", ".join(f"{name} = {value.item():g}" for name, value in sums.items())
                 keys = ", ".join(key for batch in passes for key in batch.keys)
                 raise UserError(f"step {step}: loss or gradient is not finite ({named}); its pictures: {keys}")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, stage)
-            scaled.step()
+            optimizer.step()
             get_ema_multi_avg_fn(_ema_decay(step, stage))(average, parameters, None)
             if logging or norms:
                 means = team.reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -112,18 +119,6 @@ def train(
     _copy(average, parameters)
     objective.eval()
     team.free_memory()
-
-
-def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig) -> torch.optim.Optimizer:
-    """Raises UserError where 8-bit AdamW (Dettmers et al. 2021, 2110.02861) is asked for and not installed."""
-    settings: dict[str, Any] = {"lr": stage.learning_rate, "weight_decay": stage.weight_decay, "betas": (0.9, 0.99)}
-    if stage.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings, fused=True)  # fused: one pass over the weights, on CPU too
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError("optimizer 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes") from None
-    return AdamW8bit(parameters, **settings)
 
 
 def share_out(batches: Batches, stage: StageConfig, run: RunConfig, team: Accelerator) -> Callable[[int], list[Batch]]:
@@ -195,9 +190,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(run: RunConfig) -> None:
-    """As many threads as cores we may use; an oversubscribed machine can be five times slower."""
+    """As many threads as cores we may use, shared with this machine's other processes: too many can cost five times."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(run.num_threads or cores)
+    torch.set_num_threads(run.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def refuse_processes(command: str) -> None:
+    """Raises UserError where a command that is one process's work was launched as several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{command} runs as one process, only distill is shared by several; start it without a launcher"
+        )
 
 
 def _gradient_norms(terms: Losses, parameters: list[nn.Parameter]) -> dict[str, float]:

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import open_dataset
 from refine_control.diffusion import store
-from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text
+from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
 from refine_control.distill.draw import draw
-from refine_control.distill.loop import Losses, pick_device, set_threads, train
+from refine_control.distill.loop import Losses, pick_device, refuse_processes, set_threads, train
 from refine_control.distill.losses import task_loss
 from refine_control.distill.preview import Preview, save_grid
 from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, save
@@ -28,13 +29,14 @@ KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from dr
 
 def train_teacher(recipe: TeacherRecipe) -> Path:
     """Trains what the recipe describes, or goes on where it stopped. Returns the folder of the saved model."""
+    refuse_processes("train-teacher")
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save(recipe, folder / "recipe.yaml")
     set_threads(recipe.run)
     torch.manual_seed(recipe.seed)
     labelled, unlabelled = open_pictures(recipe.data)
-    model = _fresh_or_loaded(recipe, labelled)
+    model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
@@ -53,12 +55,18 @@ def open_pictures(
     return labelled, unlabelled
 
 
-def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures) -> Model:
+def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: Path) -> Model:
+    """Byte-pair training numbers equally frequent pairs differently in every process, so the tokenizer is kept."""
     if recipe.init_from:
         return store.load(recipe.init_from)
     vae = build_autoencoder(recipe.autoencoder)
     captions = [labelled[i].text or "" for i in range(labelled.examples)]
-    text_encoder, tokenizer = build_text(recipe.text, captions)
+    if not kept_tokenizer.is_dir():
+        aside = kept_tokenizer.with_name(".tokenizer.part")
+        build_tokenizer(recipe.text, captions).save_pretrained(aside)
+        aside.rename(kept_tokenizer)
+    tokenizer = CLIPTokenizer.from_pretrained(kept_tokenizer, local_files_only=True)
+    text_encoder = build_text_encoder(recipe.text, tokenizer)
     downscale = 2 ** (len(recipe.autoencoder.block_out_channels) - 1)
     denoiser = build_denoiser(
         recipe.denoiser,

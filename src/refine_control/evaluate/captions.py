@@ -14,21 +14,27 @@ from refine_control.evaluate.heldout import HeldOut
 
 
 @torch.no_grad()
-def caption_losses(model: Model, heldout: HeldOut, draws: int = 8) -> dict[str, float]:
-    """Mean L_task over `draws` noises and timesteps of every held-out picture, the same for the three captions."""
+def caption_losses(model: Model, heldout: HeldOut, draws: int = 8, rows: int = 64) -> dict[str, float]:
+    """Mean L_task over `draws` noises and timesteps of every held-out picture, the same for the three captions.
+
+    rows: pictures that go through the model at once.
+    """
     schedule = NoiseSchedule.from_config(model.scheduler)
-    batch = heldout.batch.to(model.device)
-    latents = model.encode(batch.image)
+    batch = heldout.batch
     captions = list(batch.captions)
     # Neighbours may share a concept, so the stranger's caption comes from half the data set away.
     half = len(captions) // 2
     kinds = {"right": captions, "empty": [""] * len(captions), "shuffled": captions[half:] + captions[:half]}
-    text = {kind: model.embed(words) for kind, words in kinds.items()}
     losses = dict.fromkeys(kinds, 0.0)
+    chunks = [slice(first, first + rows) for first in range(0, len(captions), rows)]
+    latents = torch.cat([model.encode(batch.image[chunk].to(model.device)).cpu() for chunk in chunks])
+    text = {kind: [model.embed(words[chunk]) for chunk in chunks] for kind, words in kinds.items()}
     for turn in range(draws):
         d = draw(replace(batch, seed=batch.seed + turn), latents, schedule, caption_dropout=0.0)
-        ones = torch.ones(len(batch), device=model.device)
-        for kind in kinds:
-            predicted = model.denoiser(d.x_t, d.t, text[kind], d.control)
-            losses[kind] += task_loss(predicted, d.target, ones).item() / draws
+        for place, chunk in enumerate(chunks):
+            x_t, t, control, target = (x[chunk].to(model.device) for x in (d.x_t, d.t, d.control, d.target))
+            share = torch.full((len(t),), len(t) / len(captions) / draws, device=model.device)
+            for kind in kinds:
+                predicted = model.denoiser(x_t, t, text[kind][place], control)
+                losses[kind] += task_loss(predicted, target, share).item()
     return losses

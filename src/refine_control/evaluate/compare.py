@@ -19,7 +19,7 @@ from torch import Tensor
 from refine_control import __version__
 from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller
-from refine_control.distill.loop import set_threads
+from refine_control.distill.loop import refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -47,6 +47,7 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     Writes, in recipe.output_dir: ROW/seed-N/ (student, losses, previews, evaluation.json), scores.json (mean over seeds
     and spread), table.csv, table.md and report.html.
     """
+    refuse_processes("compare")
     out = Path(recipe.output_dir)
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     folders = {(row, seed): out / row / f"seed-{seed}" for seed in seeds for row in rows}
@@ -85,6 +86,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     Writes scores.json, table.csv and table.md in recipe.output_dir and returns the path of scores.json. The models'
     task losses under the right, the empty and a stranger's caption stand in it too.
     """
+    refuse_processes("evaluate")
     set_threads(recipe.run)
     out = Path(recipe.output_dir)
     domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)

@@ -1,0 +1,38 @@
+"""The benchmarks run: a figure in a document rests on each."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from refine_control.diffusion import store
+from refine_control.recipe import DistilRecipe, SampleConfig
+from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+
+
+def benchmark(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_step_against_its_floor(tmp_path: Path) -> None:
+    store.save(tiny_model(), tmp_path / "teacher")
+    recipe = DistilRecipe(
+        output_dir=str(tmp_path / "run"),
+        teacher=str(tmp_path / "teacher"),
+        data=DATA.model_copy(update={"labelled": str(write_folder(tmp_path / "labelled", 5))}),
+        student=STUDENT,
+        stage1=stage(6),
+        stage2=stage(0),
+        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
+        run=RUN,
+    )
+    result = benchmark("step").measure(recipe, 6)
+    assert result["steps"] == 3, "of the second and third pass, whose end alone is not seen"
+    assert result["step_over_floor"]["low"] <= result["step_over_floor"]["median"] <= result["step_over_floor"]["high"]
+    assert 0 <= result["share_waiting_for_data"] < 1
+    assert result["peak_memory_gb"] > 0
