@@ -108,7 +108,7 @@ class RunConfig(Config):
     teacher_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the teacher's weights: half the memory, less time
     gradient_checkpointing: bool = False  # the student's activations are computed twice instead of kept
     gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch
-    workers: int = Field(1, ge=0)  # threads that make batches ahead; 0: none
+    workers: int | None = Field(None, ge=0)  # threads that make batches ahead; default: 2 with a GPU, 0 without
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 20
     grad_norm_every: PositiveInt = 200

@@ -74,7 +74,9 @@ def train(
         range(start, stage.steps), "/".join(folder.parts[-3:]), stage.steps, initial=start, unit="step", mininterval=1,
         disable=not team.is_main_process,
     )  # fmt: skip
-    with Ahead(share, stage.steps, run.workers) as ahead:
+    # On a CPU, a second thread's tensor operations take OpenMP's cores from the step: it then takes twice as long.
+    workers = run.workers if run.workers is not None else 2 * (device.type != "cpu")
+    with Ahead(share, stage.steps, workers) as ahead:
         for step in bar:
             asked = time.monotonic()
             done, passes = step + 1, ahead(step)
