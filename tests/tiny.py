@@ -12,11 +12,21 @@ from PIL import Image
 from refine_control.data.batch import Batch
 from refine_control.data.example import Example
 from refine_control.data.loader import Loader, Pictures
+from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import scheduler_config
 from refine_control.plans import AutoencoderPlan, DenoiserPlan, TextPlan
-from refine_control.recipe import DataConfig, LossWeights, MaskConfig, NoiseConfig, RunConfig, StageConfig
+from refine_control.recipe import (
+    DataConfig,
+    DistilRecipe,
+    LossWeights,
+    MaskConfig,
+    NoiseConfig,
+    RunConfig,
+    SampleConfig,
+    StageConfig,
+)
 
 SIDE = 16
 WORDS = ("a red cat", "a blue dog", "one green leaf", "two yellow suns", "a small house", "an old tree")
@@ -94,6 +104,24 @@ def stage(steps: int = 4, weights: tuple[float, float, float] = (1, 1, 1), **cha
     """weights: of task, output, feature."""
     w = LossWeights(task=weights[0], output=weights[1], feature=weights[2])
     return StageConfig(**{"steps": steps, "batch_size": 4, "warmup_steps": 0, "weights": w, **changes})
+
+
+def distil_recipe(root: Path, labelled: int, plain: int, **parts: Any) -> DistilRecipe:
+    """A tiny teacher and both data sets written under root. No latents are kept, so that runs compute alike."""
+    store.save(tiny_model(), root / "teacher")
+    data = {
+        "labelled": str(write_folder(root / "labelled", labelled)),
+        "unlabelled": str(write_folder(root / "plain", plain, captioned=False)),
+        "cache_gb": 1e-12,
+    }
+    return DistilRecipe(
+        output_dir=str(root / "run"),
+        teacher=str(root / "teacher"),
+        data=DATA.model_copy(update=data),
+        student=STUDENT,
+        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
+        **parts,
+    )
 
 
 def write_folder(folder: Path, n: int, captioned: bool = True) -> Path:

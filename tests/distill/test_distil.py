@@ -8,34 +8,24 @@ from safetensors.torch import load_file
 
 from refine_control import recipe as recipes
 from refine_control.data.loader import Loader
-from refine_control.diffusion import store
 from refine_control.diffusion.store import load
 from refine_control.distill import checkpoint
 from refine_control.distill.distil import Distiller, distil
 from refine_control.errors import ModelError, RecipeError
-from refine_control.recipe import DistilRecipe, SampleConfig
+from refine_control.recipe import DistilRecipe
 from refine_control.student.plan import probe
-from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+from tiny import RUN, STUDENT, distil_recipe, stage
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
     """Three steps on captioned pictures, three with plain ones mixed in. No latents are kept, so runs compute alike."""
-    root = tmp_path_factory.mktemp("distil")
-    store.save(tiny_model(), root / "teacher")
-    data = {
-        "labelled": str(write_folder(root / "labelled", 5)),
-        "unlabelled": str(write_folder(root / "plain", 4, captioned=False)),
-        "cache_gb": 1e-12,
-    }
-    return DistilRecipe(
-        output_dir=str(root / "run"),
-        teacher=str(root / "teacher"),
-        data=DATA.model_copy(update=data),
-        student=STUDENT,
+    return distil_recipe(
+        tmp_path_factory.mktemp("distil"),
+        labelled=5,
+        plain=4,
         stage1=stage(3, ema_decay=0.5),
         stage2=stage(3, ema_decay=0.5, labelled_fraction=0.5),
-        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
         run=RUN.model_copy(update={"checkpoint_every": 1}),
     )
 

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from refine_control import recipe as recipes
-from refine_control.diffusion import store
 from refine_control.distill.distil import Distiller
-from refine_control.recipe import DistilRecipe, SampleConfig
-from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+from refine_control.recipe import DistilRecipe
+from tiny import RUN, distil_recipe, stage
 
 pytestmark = pytest.mark.slow
 
@@ -22,20 +21,12 @@ pytestmark = pytest.mark.slow
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages, four steps each, eight rows a step; plain rows are mixed in and share out unevenly."""
     root = tmp_path_factory.mktemp("ranks")
-    store.save(tiny_model(), root / "teacher")
-    data = {
-        "labelled": str(write_folder(root / "labelled", 6)),
-        "unlabelled": str(write_folder(root / "plain", 5, captioned=False)),
-        "cache_gb": 1e-12,
-    }
-    whole = DistilRecipe(
-        output_dir=str(root / "run"),
-        teacher=str(root / "teacher"),
-        data=DATA.model_copy(update=data),
-        student=STUDENT,
+    whole = distil_recipe(
+        root,
+        labelled=6,
+        plain=5,
         stage1=stage(4, batch_size=8, ema_decay=0.5),
         stage2=stage(4, batch_size=8, ema_decay=0.5, labelled_fraction=0.4),
-        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
         run=RUN.model_copy(update={"checkpoint_every": 2}),
     )
     recipes.save(whole, root / "recipe.yaml")

@@ -6,31 +6,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refine_control.diffusion import store
 from refine_control.distill.distil import Distiller
 from refine_control.errors import RecipeError
 from refine_control.evaluate.rows import ROWS, train_row, wall_seconds
-from refine_control.recipe import DistilRecipe, LossWeights, SampleConfig
-from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+from refine_control.recipe import DistilRecipe, LossWeights
+from tiny import RUN, distil_recipe, stage
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
-    root = tmp_path_factory.mktemp("rows")
-    store.save(tiny_model(), root / "teacher")
-    data = {
-        "labelled": str(write_folder(root / "labelled", 5)),
-        "unlabelled": str(write_folder(root / "plain", 4, captioned=False)),
-        "cache_gb": 1e-12,
-    }
-    return DistilRecipe(
-        output_dir=str(root / "run"),
-        teacher=str(root / "teacher"),
-        data=DATA.model_copy(update=data),
-        student=STUDENT,
+    return distil_recipe(
+        tmp_path_factory.mktemp("rows"),
+        labelled=5,
+        plain=4,
         stage1=stage(3, ema_decay=0.5),
         stage2=stage(2, ema_decay=0.5, labelled_fraction=0.5, learning_rate=1e-4),
-        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
         run=RUN,
     )
 

@@ -26,8 +26,9 @@ class EncoderCache:
     """
 
     def __init__(self, model: Model, labelled: Pictures, unlabelled: Pictures | None, root: Path) -> None:
-        self.labelled = latent_table(model, labelled, root)
-        self.unlabelled = None if unlabelled is None else latent_table(model, unlabelled, root)
+        vae = digest(model.vae)
+        self.labelled = latent_table(model, vae, labelled, root)
+        self.unlabelled = None if unlabelled is None else latent_table(model, vae, unlabelled, root)
         captions = {labelled.text(i) for i in range(labelled.examples)}
         self.captions = {caption: row for row, caption in enumerate(sorted({*captions, ""}))}
         self.texts = text_tables(model, list(self.captions), root)
@@ -50,8 +51,8 @@ class EncoderCache:
 
 
 @torch.no_grad()
-def latent_table(model: Model, pictures: Pictures, root: Path) -> Table:
-    """Row n: the latents of pictures[n]."""
+def latent_table(model: Model, vae: str, pictures: Pictures, root: Path) -> Table:
+    """Row n: the latents of pictures[n]. vae: the digest of the model's."""
 
     def compute(numbers: range) -> np.ndarray:
         images = torch.from_numpy(np.stack([pictures[number].image for number in numbers])).to(model.device)
@@ -59,7 +60,7 @@ def latent_table(model: Model, pictures: Pictures, root: Path) -> Table:
 
     dtype = next(model.vae.parameters()).dtype
     side = pictures.config.resolution // model.downscale
-    key = {"vae": digest(model.vae), "scale": model.vae.config.scaling_factor, "pictures": pictures.fingerprint()}
+    key = {"vae": vae, "scale": model.vae.config.scaling_factor, "pictures": pictures.fingerprint()}
     shape = (model.vae.config.latent_channels, side, side)
     return _filled(Table(root, "latents", key, len(pictures), shape, _name(dtype)), compute)
 

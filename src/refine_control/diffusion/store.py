@@ -6,18 +6,19 @@ import copy
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from refine_control.diffusion import hub
 from refine_control.diffusion.belonging import check_belonging
+from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.errors import ModelError
@@ -127,13 +128,13 @@ def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     is_xl, has_own = "XL" in kind, "ControlNet" in kind
     parts = {part: _read(wanted, folder, part, index) for part, wanted in (PARTS | (XL_PARTS if is_xl else {})).items()}
     if has_own and not nets:
-        nets = [_read_controlnet(own) for own in _own_controlnets(folder, index)]
+        own = controlnet_folders(index, lambda part: (folder / part).is_dir())
+        nets = [_read_controlnet(folder / part) for part in own]
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     NoiseSchedule.from_config(scheduler)  # asked now, not hours later
     foundation, vae = parts.pop("unet"), parts["vae"]
-    module = MultiControlNetModel(nets) if len(nets) > 1 else nets[0] if nets else None
     return Model(
-        denoiser=Denoiser(foundation, module, downscale=2 ** (len(vae.config.block_out_channels) - 1)),
+        denoiser=Denoiser(foundation, module_of(nets), downscale=2 ** (len(vae.config.block_out_channels) - 1)),
         scheduler=complete(scheduler),
         empty_is_zeros=is_xl and index.get("force_zeros_for_empty_prompt", True),
         **parts,
@@ -150,13 +151,12 @@ def _read(wanted: Any, folder: Path, part: str, index: dict[str, Any]) -> Any:
     return _read_network(wanted, folder, part)
 
 
-def _own_controlnets(folder: Path, index: dict[str, Any]) -> list[Path]:
-    """Stock pipelines save several as controlnet, controlnet_1, ... and count the folders when they load."""
-    first = folder / "controlnet"
-    if index.get("controlnet", (None, None))[1] != "MultiControlNetModel":
-        return [first]
-    more = (folder / f"controlnet_{place}" for place in itertools.count(1))
-    return [first, *itertools.takewhile(Path.is_dir, more)]
+def controlnet_folders(index: dict[str, Any], is_there: Callable[[str], bool]) -> list[str]:
+    """A pipeline's own: stock saves several as controlnet, controlnet_1, ... and counts the folders when it loads."""
+    if (index.get("controlnet") or (None, None))[1] != "MultiControlNetModel":
+        return ["controlnet"]
+    more = (f"controlnet_{place}" for place in itertools.count(1))
+    return ["controlnet", *itertools.takewhile(is_there, more)]
 
 
 def resolve_controlnet(name: str) -> Path:

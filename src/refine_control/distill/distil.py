@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -123,13 +124,18 @@ class Distiller:
             Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
         )
 
+    @cached_property
+    def _weights(self) -> list[str]:
+        """The frozen teacher's digests: hashed once, not for each stage of each student."""
+        return [digest(network) for network in self.teacher.parts]
+
     def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int, bridges: Bridges) -> Steps | None:
         """What the teacher made of the steps of a stage, for other students that meet the same steps."""
         if not (self.data.cache_dir and self.data.teacher_cache_gb):
             return None
         sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
         key = {
-            "teacher": [[digest(network), str(network.config)] for network in self.teacher.parts],
+            "teacher": [self._weights, [str(network.config) for network in self.teacher.parts]],
             "scheduler": self.teacher.scheduler,
             "empty_is_zeros": self.teacher.empty_is_zeros,
             "ids": caption_ids(self.teacher, [""] + [self.labelled.text(i) for i in range(self.labelled.examples)]),

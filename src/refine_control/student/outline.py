@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +42,11 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
 
 
 def _own_controlnets(folder: str) -> list[str]:
-    """The folders of the pipeline's ControlNets: stock pipelines name several controlnet, controlnet_1, ..."""
-    kind = (_json(folder, "model_index.json").get("controlnet") or (None, None))[1]
-    if kind != "MultiControlNetModel":
-        return ["controlnet"] if kind else []
-    more = (f"controlnet_{place}" for place in itertools.count(1))
-    return ["controlnet", *itertools.takewhile(lambda part: _is_there(folder, part), more)]
+    """The folders of the pipeline's ControlNets; none where it is a foundation alone."""
+    index = _json(folder, "model_index.json")
+    if not (index.get("controlnet") or (None, None))[1]:
+        return []
+    return store.controlnet_folders(index, lambda part: _is_there(folder, part))
 
 
 def _is_there(folder: str, part: str) -> bool:
