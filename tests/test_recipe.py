@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from refine_control.errors import RecipeError
-from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, load, save, validate
+from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, claim, load, save, validate
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = """
@@ -103,6 +103,36 @@ def test_saved_with_overrides_then_loaded_is_equal(small: Path, tmp_path: Path) 
     save(recipe, tmp_path / "saved.yaml")
     assert load(DistilRecipe, tmp_path / "saved.yaml") == recipe
     assert recipe != load(DistilRecipe, small)
+
+
+HOW = {"run.device": "cpu", "sample.seed": "5", "evaluate.images": "7", "data.cache_gb": "0.5", "output_dir": "moved"}
+
+
+def test_a_folder_holds_one_run_however_it_runs(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    claim(load(DistilRecipe, small), run)
+    for key, value in HOW.items():
+        claim(load(DistilRecipe, small, {key: value}), run)
+    assert load(DistilRecipe, run / "recipe.yaml").output_dir == "moved", "the newest is kept"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("stage1.steps", "11", "stage1.steps 10, not 11"),
+        ("seed", "4", "seed 3, not 4"),
+        ("student", "bk-tiny", "student None, not bk-tiny"),
+        ("alignment", "{module.mid_block: module.mid_block}", r"alignment.module.mid_block None, not module.mid_block"),
+    ],
+)
+def test_a_folder_refuses_another_run_and_keeps_what_is_there(
+    small: Path, tmp_path: Path, key: str, value: str, said: str
+) -> None:
+    claim(load(DistilRecipe, small), tmp_path / "run")
+    before = (tmp_path / "run/recipe.yaml").read_text()
+    with pytest.raises(RecipeError, match=said):
+        claim(load(DistilRecipe, small, {key: value}), tmp_path / "run")
+    assert (tmp_path / "run/recipe.yaml").read_text() == before
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked(small: Path) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from refine_control.errors import RecipeError
+from refine_control.files import write_whole
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
 
 Fraction = Field(ge=0, le=1)
@@ -207,7 +208,40 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def learnt(config: Config) -> dict[str, Any]:
+    """What decides the trained weights, as plain data: not where they go, how fast, or how they are looked at."""
+    caches = {"cache_gb", "cache_dir", "teacher_cache_gb"}
+    aside = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": caches}
+    return config.model_dump(mode="json", exclude=aside)
+
+
+def claim(config: R, folder: Path) -> None:
+    """Writes folder/recipe.yaml. A folder holds one run; the same command, or one that runs it otherwise, goes on.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe; the first key that differs is named.
+    """
+    path = folder / "recipe.yaml"
+    if path.is_file():
+        theirs, ours = _leaves(learnt(load(type(config), path))), _leaves(learnt(config))
+        for key in [*ours, *theirs]:
+            if ours.get(key) != theirs.get(key):
+                raise RecipeError(
+                    f"'{folder}' holds a run of another recipe ({key} {theirs.get(key)}, not {ours.get(key)}); "
+                    "remove it or choose another output_dir"
+                )
+    save(config, path)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"stage1.steps": 100, ...}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _override(tree: dict[str, Any], dotted: str, text: str) -> None:

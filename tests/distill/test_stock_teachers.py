@@ -75,3 +75,6 @@ def test_a_run_keeps_the_commits_of_what_it_took_from_the_hub(tmp_path: Path, mo
     assert saved.teacher == f"org/model@{COMMIT}"
     assert saved.controlnets == (f"org/net@{COMMIT}",)
     assert saved.model_copy(update={"teacher": recipe.teacher, "controlnets": recipe.controlnets}) == recipe
+    monkeypatch.setattr(f"{__name__}.COMMIT", "1" * 40)  # the hub's main moves on; the run does not
+    distil(recipe.model_copy(update={"controlnets": ("org/net",)}))
+    assert recipes.load(DistilRecipe, tmp_path / "run" / "recipe.yaml") == saved

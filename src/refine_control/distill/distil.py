@@ -25,7 +25,8 @@ from refine_control.distill.preview import Preview
 from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.distill.teacher import open_pictures
 from refine_control.errors import ModelError, RecipeError
-from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, save
+from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, claim
+from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
@@ -62,11 +63,10 @@ class Distiller:
 
     def run(self, recipe: DistilRecipe, folder: Path) -> Path:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
-        pinned = recipe.model_copy(update={"teacher": self.name, "controlnets": self.controlnets})
-        _agree(pinned)
+        recipe = self.pinned(recipe)
+        _agree(recipe)
         if self.team.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save(pinned, folder / "recipe.yaml")
+            claim(recipe, folder)
         student, bridges = self.fresh_student(recipe)
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
@@ -75,6 +75,10 @@ class Distiller:
             store.save(replace(self.teacher, denoiser=student), folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
+
+    def pinned(self, recipe: DistilRecipe) -> DistilRecipe:
+        """The recipe with the commits of what came from the hub."""
+        return recipe.model_copy(update={"teacher": self.name, "controlnets": self.controlnets})
 
     def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight."""
@@ -158,6 +162,12 @@ def _agree(recipe: DistilRecipe) -> None:
 
 
 def distil(recipe: DistilRecipe) -> Path:
-    """`refine-control distill`."""
+    """`refine-control distill`. A run that goes on keeps the commits that it began with."""
+    kept = Path(recipe.output_dir) / "recipe.yaml"
+    if kept.is_file():
+        begun = load_recipe(DistilRecipe, kept)
+        known = {name.split("@")[0]: name for name in (begun.teacher, *begun.controlnets)}
+        nets = tuple(known.get(name, name) for name in recipe.controlnets)
+        recipe = recipe.model_copy(update={"teacher": known.get(recipe.teacher, recipe.teacher), "controlnets": nets})
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     return distiller.run(recipe, Path(recipe.output_dir))

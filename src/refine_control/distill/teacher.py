@@ -22,7 +22,7 @@ from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, pick_device, refuse_processes, set_threads, train
 from refine_control.distill.losses import task_loss
 from refine_control.distill.preview import Preview, save_grid
-from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, save
+from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, claim
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
 
@@ -31,8 +31,7 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     """Trains what the recipe describes, or goes on where it stopped. Returns the folder of the saved model."""
     refuse_processes("train-teacher")
     folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(recipe, folder / "recipe.yaml")
+    claim(recipe, folder)
     set_threads(recipe.run)
     torch.manual_seed(recipe.seed)
     labelled, unlabelled = open_pictures(recipe.data)

@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from refine_control.distill.distil import Distiller
 from refine_control.errors import RecipeError
-from refine_control.evaluate.files import write_whole
-from refine_control.recipe import DistilRecipe, LossWeights
+from refine_control.files import write_whole
+from refine_control.recipe import DistilRecipe, LossWeights, claim, learnt, load
 
 TASK_ONLY = LossWeights(task=1)
 
@@ -40,7 +39,6 @@ ROWS: dict[str, Callable[[DistilRecipe], DistilRecipe]] = {
     "plain-rows-without-task": _plain_rows_without_task,
     "refine-control": lambda recipe: recipe,
 }
-NOT_OF_STAGE_1 = {"stage2", "output_dir", "sample", "evaluate"}
 
 
 def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, folder: Path) -> Path:
@@ -50,28 +48,23 @@ def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, f
     """
     if row not in ROWS:
         raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
-    varied = ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)})
-    wanted = varied.model_dump(mode="json", exclude={"run"})
-    begun, done = folder / "begun.json", folder / "done.json"
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
-        raise RecipeError(f"'{folder}' holds a run of another recipe; remove it or choose another output_dir")
+    varied = distiller.pinned(ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)}))
+    done = folder / "done.json"
+    claim(varied, folder)
     if done.is_file():
         return folder / "student"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(begun, json.dumps(wanted))
-    _share_stage1(wanted, folder)
+    _share_stage1(varied, folder)
     student = distiller.run(varied, folder)
     write_whole(done, json.dumps({"wall_seconds": wall_seconds(folder)}))
     return student
 
 
-def _share_stage1(wanted: dict[str, Any], folder: Path) -> None:
+def _share_stage1(recipe: DistilRecipe, folder: Path) -> None:
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
-    finished = f"stage1/checkpoints/step-{wanted['stage1']['steps']:06d}"
-    for begun in sorted(folder.parent.parent.glob("*/seed-*/begun.json")):
-        theirs = json.loads(begun.read_text(encoding="utf-8"))
-        alike = all(theirs.get(key) == value for key, value in wanted.items() if key not in NOT_OF_STAGE_1)
-        if alike and (begun.parent / finished).is_dir() and not (folder / "stage1").exists():
+    finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
+    for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
+        theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
+        if learnt(theirs) == learnt(recipe) and (begun.parent / finished).is_dir() and not (folder / "stage1").exists():
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(begun.parent / "stage1", aside)
