@@ -165,10 +165,10 @@ def load_emoji(sources: Path, resolution: int, dropped: Counter) -> list[Picture
             dropped[f"{source}: second file of the same code points"] += 1
         else:
             taken.add(key)
-            text = caption(entry)
-            extra = {"source": source, "style": style, "category": entry["category"], "name": text}
+            name, kind = caption(entry), entry["subcategory"].replace("-", " ").replace("&", "and")
+            extra = {"source": source, "style": style, "category": entry["category"], "name": name}
             image = fit_square(read_image(path), resolution, "pad")
-            pictures.append(Picture(key, image, f"{text}, {style}", "emoji/" + code_concept(points), extra))
+            pictures.append(Picture(key, image, f"{style} {kind}, {name}", "emoji/" + code_concept(points), extra))
     return pictures
 
 

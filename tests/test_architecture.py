@@ -10,7 +10,20 @@ import pytest
 import refine_control
 
 SOURCE = Path(refine_control.__file__).parent
-ROOMS = ["errors", "files", "plans", "recipe", "data", "diffusion", "student", "distill", "evaluate", "export", "serve", "zoo"]
+ROOMS = [
+    "errors",
+    "files",
+    "plans",
+    "recipe",
+    "data",
+    "diffusion",
+    "student",
+    "distill",
+    "evaluate",
+    "export",
+    "serve",
+    "zoo",
+]
 DOORS = ["cli", "__main__"]  # these may know every room, and no room knows them
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 MOST_LINES = 320

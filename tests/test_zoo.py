@@ -38,7 +38,7 @@ def test_shipped_model_is_small_carded_and_runs_in_stock_pipelines(name: str) ->
         extra = {"image": control}
         if pipeline_class is StableDiffusionControlNetInpaintPipeline:
             extra = {"image": control, "mask_image": torch.ones(1, 1, side, side), "control_image": control}
-        pictures = pipeline("cat face, flat", num_inference_steps=2, output_type="np", **extra).images
+        pictures = pipeline("flat cat face", num_inference_steps=2, output_type="np", **extra).images
         assert pictures.shape == (1, side, side, 3)
 
 

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         _generate,
         "Fill the white part of a mask in one picture.",
         "  refine-control generate --model zoo:emoji-teacher --image face.png --mask hole.png "
-        "--prompt 'cat face, flat' --out filled.png",
+        "--prompt 'flat cat face' --out filled.png",
     )
     command.add_argument("--model", default="zoo:emoji-teacher")
     command.add_argument("--image", type=Path, required=True)

@@ -97,6 +97,7 @@ class StageConfig(Config):
     labelled_fraction: float = Field(1.0, ge=0, le=1)  # of the rows of a batch
     task_on_unlabelled: bool = True  # the noise is known without any label
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    word_dropout: float = Field(0.0, ge=0, le=1)  # of each word of the captions that are kept
     snr_gamma: PositiveFloat | None = None  # min-SNR weighting (2303.09556); with v it silences pure noise
 
 

@@ -202,16 +202,17 @@ def test_checkpointed_activations_are_computed_twice_and_the_teachers_weights_ar
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("change", ["scale", "empty", "config", "captions", "seed", "precision"])
+@pytest.mark.parametrize("change", ["scale", "empty", "config", "captions", "words", "seed", "precision"])
 def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
     recipe: DistilRecipe, tmp_path: Path, change: str
 ) -> None:
     data = recipe.data.model_copy(update={"cache_dir": str(tmp_path), "teacher_cache_gb": 1.0})
-    distiller, seed, run = Distiller(recipe.teacher, data, recipe.run), 0, recipe.run
+    distiller = Distiller(recipe.teacher, data, recipe.run)
+    seed, run, stage1 = 0, recipe.run, recipe.stage1
     _, bridges = distiller.fresh_student(recipe)
 
     def place() -> str:
-        kept = distiller._kept_steps(recipe.model_copy(update={"run": run}), recipe.stage1, seed, bridges)
+        kept = distiller._kept_steps(recipe.model_copy(update={"run": run}), stage1, seed, bridges)
         assert kept is not None
         return kept.folder.name
 
@@ -227,6 +228,8 @@ def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
         distiller.teacher.tokenizer.add_tokens(["red cat"])
     elif change == "seed":
         seed = 1
+    elif change == "words":
+        stage1 = stage1.model_copy(update={"word_dropout": 0.5})
     else:
         run = run.model_copy(update={"mixed_precision": "bf16"})
     assert place() != before

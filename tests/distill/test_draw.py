@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from refine_control.distill.draw import Draw, draw
 from refine_control.recipe import NoiseConfig
 from tiny import batch
 
+PER_ROW = ("image", "mask", "control", "captions", "labelled", "index", "keys", "rows")
 SCHEDULE = NoiseSchedule.from_config(scheduler_config(NoiseConfig()))
 
 
@@ -59,6 +61,30 @@ def test_captions_are_dropped_as_often_as_asked() -> None:
     assert drawn(caption_dropout=1.0).captions == ("",) * 8
     dropped = sum(drawn(seed, caption_dropout=0.25).captions.count("") for seed in range(100))
     assert 150 <= dropped <= 250
+
+
+def test_words_are_dropped_as_often_as_asked_and_the_others_keep_their_order() -> None:
+    said = "one two three four five six seven eight"
+    b, latents = replace(batch(8), captions=(said,) * 8), torch.zeros(8, 4, 8, 8)
+    assert draw(b, latents, SCHEDULE, word_dropout=0.0).captions == b.captions
+    assert draw(b, latents, SCHEDULE, word_dropout=1.0).captions == ("",) * 8
+    left = [
+        caption.split()
+        for seed in range(40)
+        for caption in draw(replace(b, seed=seed), latents, SCHEDULE, word_dropout=0.25).captions
+    ]
+    places = [[said.split().index(word) for word in words] for words in left]
+    assert all(row == sorted(row) for row in places)
+    kept = np.bincount(np.concatenate(places), minlength=8) / len(left)
+    assert (abs(kept - 0.75) < 0.1).all(), "each word alike"
+
+
+def test_a_part_of_a_batch_loses_the_words_that_it_loses_in_the_whole() -> None:
+    b = replace(batch(8), captions=tuple(f"one two three four of picture {row}" for row in range(8)))
+    half = replace(b, **{name: getattr(b, name)[1::2] for name in PER_ROW})
+    whole = draw(b, torch.zeros(8, 4, 8, 8), SCHEDULE, 0.2, 0.5).captions
+    assert draw(half, torch.zeros(4, 4, 8, 8), SCHEDULE, 0.2, 0.5).captions == whole[1::2]
+    assert len(set(whole)) > 4
 
 
 def test_the_control_hides_the_hole_and_nothing_else() -> None:

@@ -83,7 +83,9 @@ def test_rows_that_begin_otherwise_share_nothing(recipe: DistilRecipe, distiller
 def test_another_recipe_in_a_rows_folder_is_refused(recipe: DistilRecipe, distiller: Distiller, tmp_path: Path) -> None:
     folder = tmp_path / "scratch/seed-0"
     train_row(distiller, recipe, "scratch", 0, folder)
-    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(feature_norm channel, not l2\); remove it or"):
+    with pytest.raises(
+        RecipeError, match=r"holds a run of another recipe \(feature_norm channel, not l2\); remove it or"
+    ):
         train_row(distiller, recipe.model_copy(update={"init": "random", "feature_norm": "l2"}), "scratch", 0, folder)
 
 

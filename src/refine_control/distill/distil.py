@@ -146,7 +146,7 @@ class Distiller:
             "precision": recipe.run.mixed_precision,
             "pictures": sets,
             "masks": recipe.masks.model_dump(),
-            "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout"}),
+            "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout", "word_dropout"}),
             "seed": seed,
             "points": bridges.teacher_points if stage.weights.feature else [],
         }

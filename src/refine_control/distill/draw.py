@@ -24,8 +24,17 @@ class Draw:
     captions: tuple[str, ...]
 
 
-def draw(batch: Batch, latents: Float[Tensor, "B c h w"], schedule: NoiseSchedule, caption_dropout: float) -> Draw:
-    """Timesteps are stratified over the whole batch (Kingma et al. 2021, 2107.00630): less variance for nothing."""
+def draw(
+    batch: Batch,
+    latents: Float[Tensor, "B c h w"],
+    schedule: NoiseSchedule,
+    caption_dropout: float = 0.0,
+    word_dropout: float = 0.0,
+) -> Draw:
+    """Timesteps are stratified over the whole batch (Kingma et al. 2021, 2107.00630): less variance for nothing.
+
+    caption_dropout, word_dropout: the share of the captions that become '', and of the words that the others lose.
+    """
     generator, rows = batch.generator("draw"), list(batch.rows)
     u = (torch.rand(1, generator=generator) + torch.randperm(batch.whole, generator=generator) / batch.whole) % 1
     t = (u[rows] * len(schedule)).long().clamp_max(len(schedule) - 1)
@@ -38,5 +47,16 @@ def draw(batch: Batch, latents: Float[Tensor, "B c h w"], schedule: NoiseSchedul
         x_t=schedule.add_noise(latents, eps, t),
         target=schedule.target(latents, eps, t),
         control=batch.control,
-        captions=tuple(c if k else "" for c, k in zip(batch.captions, keep.tolist(), strict=True)),
+        captions=tuple(
+            _drop_words(caption, word_dropout, batch.generator("words", row)) if kept else ""
+            for caption, kept, row in zip(batch.captions, keep.tolist(), batch.rows, strict=True)
+        ),
     )
+
+
+def _drop_words(caption: str, share: float, generator: torch.Generator) -> str:
+    if not share:
+        return caption
+    words = caption.split()
+    keep = torch.rand(len(words), generator=generator) >= share
+    return " ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept)

@@ -90,7 +90,7 @@ class Distillation(nn.Module):
 
 def draw_inputs(batch: Batch, encoder: Encoder, schedule: NoiseSchedule, stage: StageConfig) -> tuple[Draw, Inputs]:
     """What a step draws, and what student and teacher alike are called with: x_t, t, text, control."""
-    d = draw(batch, encoder.latents(batch), schedule, stage.caption_dropout)
+    d = draw(batch, encoder.latents(batch), schedule, stage.caption_dropout, stage.word_dropout)
     return d, (d.x_t, d.t, encoder.text(d.captions), d.control)
 
 

@@ -154,6 +154,7 @@ class TeacherTask(nn.Module):
         self.encoder = Encoder(model, cache_gb)
 
     def forward(self, batch: Batch) -> Losses:
-        d = draw(batch, self.encoder.latents(batch), self.schedule, self.stage.caption_dropout)
+        stage = self.stage
+        d = draw(batch, self.encoder.latents(batch), self.schedule, stage.caption_dropout, stage.word_dropout)
         prediction = self.denoiser(d.x_t, d.t, self.model.embed(list(d.captions)), d.control)
-        return {"task": task_loss(prediction, d.target, self.schedule.row_weight(d.t, self.stage.snr_gamma))}
+        return {"task": task_loss(prediction, d.target, self.schedule.row_weight(d.t, stage.snr_gamma))}

@@ -30,7 +30,7 @@ def caption_losses(model: Model, heldout: HeldOut, draws: int = 8, rows: int = 6
     latents = torch.cat([model.encode(batch.image[chunk].to(model.device)).cpu() for chunk in chunks])
     text = {kind: [model.embed(words[chunk]) for chunk in chunks] for kind, words in kinds.items()}
     for turn in range(draws):
-        d = draw(replace(batch, seed=batch.seed + turn), latents, schedule, caption_dropout=0.0)
+        d = draw(replace(batch, seed=batch.seed + turn), latents, schedule)
         for place, chunk in enumerate(chunks):
             x_t, t, control, target = (x[chunk].to(model.device) for x in (d.x_t, d.t, d.control, d.target))
             share = torch.full((len(t),), len(t) / len(captions) / draws, device=model.device)

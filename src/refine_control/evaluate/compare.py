@@ -23,10 +23,10 @@ from refine_control.distill.loop import refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
-from refine_control.files import write_whole
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.report import ReportData, Row, write_report, write_table
 from refine_control.evaluate.rows import train_row
+from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
 
 LABELS = {

@@ -17,9 +17,9 @@ from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import open_pictures
 from refine_control.evaluate.features import efficientnet_lite0, standard
-from refine_control.files import write_whole
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
+from refine_control.files import write_whole
 from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
 

@@ -18,8 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from refine_control.files import write_whole
 from refine_control.evaluate.score import RULES
+from refine_control.files import write_whole
 
 __all__ = ["ReportData", "Row", "write_report", "write_table"]
 

@@ -22,7 +22,7 @@ def _task_only(recipe: DistilRecipe, init: str) -> DistilRecipe:
 
 def _stage1_continued(recipe: DistilRecipe) -> DistilRecipe:
     """Stage 2's steps, batch size and learning rate, spent on what stage 1 does: its data and its weights."""
-    keep = {"labelled_fraction", "weights", "task_on_unlabelled", "caption_dropout", "snr_gamma"}
+    keep = {"labelled_fraction", "weights", "task_on_unlabelled", "caption_dropout", "word_dropout", "snr_gamma"}
     stage2 = recipe.stage2.model_copy(update={name: getattr(recipe.stage1, name) for name in keep})
     return recipe.model_copy(update={"stage2": stage2})
 
