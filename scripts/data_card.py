@@ -37,7 +37,7 @@ pictures of one folder and first word are kept.
 
 ## Limits
 Drawings on white; a few pieces of clip art are photographs. Captions are English: style, kind and name, as in "flat
-animal mammal, koala"; the kinds are the emoji data's 90 subcategories. Clip art of the 2000s, by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one
+animal mammal, koala"; the kinds are the emoji data's subcategories. Clip art of the 2000s, by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one
 way only.
 """
 

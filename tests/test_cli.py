@@ -128,7 +128,7 @@ def test_corrupt_pictures_are_listed_and_skipped_only_on_request(
     folder = tiny.write_folder(tmp_path / "pictures", 6)
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
     assert "1 of 6 pictures cannot be used" in refused(capsys, "data", "check", str(folder))
-    argv = ("distill", str(workplace / "recipe.yaml"), "--data.labelled", str(folder), "--stage1.steps", "4")
+    argv = ("distill", str(workplace / "recipe.yaml"), "--labelled", str(folder), "--stage1.steps", "4")
     assert "3.png" in refused(capsys, *argv, "--output_dir", str(tmp_path / "strict"))
     assert main([*argv, "--output_dir", str(tmp_path / "lenient"), "--data.skip_corrupt", "true"]) == 0
     assert "skipped:" in capsys.readouterr().err

@@ -11,20 +11,20 @@ from typing import get_args
 
 import yaml
 
-from refine_control import __version__
+from refine_control.command import command, flag, parser
 from refine_control.errors import UserError
 
-OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.labelled my/folder"
+RECIPE = flag("recipe", type=Path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what we were given, 130 stopped by Ctrl-C; run again to go on."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    whole = parser()
+    args, rest = whole.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
-        parser.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
+        whole.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
     try:
         args.overrides = _overrides(rest)
         args.run(args)
@@ -40,127 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="refine-control",
-        description="Distil a diffusion foundation and its control module into a small student.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run, help: str, examples: str, takes_overrides: bool = False):
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=f"examples:\n{examples}" + (f"\n\n{OVERRIDES}" if takes_overrides else ""),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run, takes_overrides=takes_overrides)
-        return command
-
-    command = add(
-        "demo",
-        _compare,
-        "Distil the embedded teacher, train scratch beside it, write a report.",
-        "  refine-control demo\n  refine-control demo --output_dir /tmp/demo",
-        takes_overrides=True,
-    )
-    command.set_defaults(recipe=Path("recipes/demo.yaml"), rows="scratch,refine-control", seeds="0")
-
-    command = add(
-        "compare",
-        _compare,
-        "Train and score rows of a recipe over several seeds; resumes.",
-        "  refine-control compare recipes/demo.yaml --rows scratch,teacher-weights,refine-control --seeds 0,1,2",
-        takes_overrides=True,
-    )
-    command.add_argument("recipe", type=Path)
-    command.add_argument("--rows", default="scratch,teacher-weights,stage1-continued,refine-control")
-    command.add_argument("--seeds", default="0,1,2")
-
-    command = add(
-        "train-teacher",
-        _train_teacher,
-        "Train a teacher: autoencoder, text encoder, foundation, module.",
-        "  refine-control train-teacher recipes/emoji-teacher.yaml",
-        takes_overrides=True,
-    )
-    command.add_argument("recipe", type=Path)
-
-    command = add(
-        "distill",
-        _distill,
-        "Distil a student by a recipe: stage 1, then stage 2; resumes.",
-        "  refine-control distill recipes/demo.yaml --data.labelled my/captioned --data.unlabelled my/plain",
-        takes_overrides=True,
-    )
-    command.add_argument("recipe", type=Path)
-
-    command = add(
-        "evaluate",
-        _evaluate,
-        "Score saved models on held-out pictures, with classical inpainting beside them.",
-        "  refine-control evaluate zoo:emoji-teacher runs/mine/student --baselines --output_dir runs/evaluate",
-        takes_overrides=True,
-    )
-    command.add_argument("models", nargs="+", metavar="MODEL", help="a saved pipeline's folder, or zoo:NAME")
-    command.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="names data, masks and sampler")
-    command.add_argument("--baselines", action="store_true", help="mean colour, Telea, Navier-Stokes, biharmonic too")
-
-    command = add(
-        "generate",
-        _generate,
-        "Fill the white part of a mask in one picture.",
-        "  refine-control generate --model zoo:emoji-teacher --image face.png --mask hole.png "
-        "--prompt 'flat cat face' --out filled.png",
-    )
-    command.add_argument("--model", default="zoo:emoji-teacher")
-    command.add_argument("--image", type=Path, required=True)
-    command.add_argument("--mask", type=Path, required=True, help="white where to fill, of the picture's size")
-    command.add_argument("--prompt", default="")
-    command.add_argument("--out", type=Path, default=Path("filled.png"))
-    command.add_argument("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey")
-    command.add_argument("--num_inference_steps", default="10")
-    command.add_argument("--guidance_scale", default="2.0")
-    command.add_argument("--seed", default="0")
-    command.add_argument("--device", default="auto")
-
-    command = add(
-        "data",
-        _data,
-        "Check a folder of pictures or shards, or prepare one as shards.",
-        "  refine-control data check my/pictures\n"
-        "  refine-control data prepare my/pictures --out my/shards --resolution 64",
-    )
-    command.add_argument("action", choices=["check", "prepare"])
-    command.add_argument("folder", type=Path)
-    command.add_argument("--split", default="train")
-    command.add_argument("--out", type=Path, help="prepare: where the shards go")
-    command.add_argument("--resolution", type=int, default=64, help="prepare: pixels a side")
-    command.add_argument("--fit", choices=["crop", "pad"], default="crop", help="prepare: how a picture becomes square")
-
-    command = add(
-        "student",
-        _student,
-        "Say what a student will cost, before any training: a recipe's, a named one, or the best within a budget.",
-        "  refine-control student plan recipes/demo.yaml --student mobile\n"
-        "  refine-control student plan --teacher my/sd15 --controlnet my/inpaint-controlnet --target bk-tiny\n"
-        "  refine-control student plan --teacher zoo:emoji-teacher --macs 20M --params 1M",
-        takes_overrides=True,
-    )
-    command.add_argument("action", choices=["plan"])
-    command.add_argument("recipe", type=Path, nargs="?", help="a recipe; else give --teacher")
-    command.add_argument("--teacher", help="a saved pipeline's folder, zoo:NAME or a hub id; only its configs are read")
-    command.add_argument("--controlnet", action="append", default=[], help="one saved on its own; may be repeated")
-    command.add_argument("--target", help="bk-base, bk-small, bk-tiny, mobile or micro")
-    command.add_argument("--macs", help="at most, of foundation and module for one step of one picture, e.g. 60G")
-    command.add_argument("--params", help="at most, of foundation and module, e.g. 50M")
-
-    add("env", _env, "Print versions and what this machine offers.", "  refine-control env")
-    return parser
-
-
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -171,22 +50,28 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _train_teacher(args: argparse.Namespace) -> None:
-    from refine_control import recipe
-    from refine_control.distill.teacher import train_teacher
-
-    folder = train_teacher(recipe.load(recipe.TeacherRecipe, args.recipe, args.overrides))
-    print(f"the teacher is in {folder}")
-
-
-def _distill(args: argparse.Namespace) -> None:
-    from refine_control import recipe
-    from refine_control.distill.distil import distil
-
-    folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
-    print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
+@command(
+    "demo",
+    "Distil the embedded teacher, train scratch beside it, write a report.",
+    ["", "--output_dir /tmp/demo"],
+    takes_overrides=True,
+)
+def _demo(args: argparse.Namespace) -> None:
+    args.recipe, args.rows, args.seeds = Path("recipes/demo.yaml"), "scratch,refine-control", "0"
+    _compare(args)
 
 
+@command(
+    "compare",
+    "Train and score rows of a recipe over several seeds; resumes.",
+    ["recipes/demo.yaml --rows scratch,teacher-weights,refine-control --seeds 0,1,2"],
+    [
+        RECIPE,
+        flag("--rows", default="scratch,teacher-weights,stage1-continued,refine-control"),
+        flag("--seeds", default="0,1,2"),
+    ],
+    takes_overrides=True,
+)
 def _compare(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.evaluate.compare import compare
@@ -197,6 +82,54 @@ def _compare(args: argparse.Namespace) -> None:
     print(f"report: {report}\nscores: {report.parent / 'scores.json'}")
 
 
+@command(
+    "train-teacher",
+    "Train a teacher: autoencoder, text encoder, foundation, module.",
+    ["recipes/emoji-teacher.yaml"],
+    [RECIPE],
+    takes_overrides=True,
+)
+def _train_teacher(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.distill.teacher import train_teacher
+
+    folder = train_teacher(recipe.load(recipe.TeacherRecipe, args.recipe, args.overrides))
+    print(f"the teacher is in {folder}")
+
+
+@command(
+    "distill",
+    "Distil a student by a recipe: stage 1, then stage 2; resumes.",
+    ["recipes/demo.yaml --labelled my/captioned --unlabelled my/plain"],
+    [
+        RECIPE,
+        flag("--labelled", metavar="DIR", help="captioned pictures: a folder or shards; short for --data.labelled"),
+        flag("--unlabelled", metavar="DIR", help="plain pictures for stage 2; short for --data.unlabelled"),
+    ],
+    takes_overrides=True,
+)
+def _distill(args: argparse.Namespace) -> None:
+    from refine_control import recipe
+    from refine_control.distill.distil import distil
+
+    for name in ("labelled", "unlabelled"):
+        if getattr(args, name):
+            args.overrides[f"data.{name}"] = getattr(args, name)
+    folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
+    print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
+
+
+@command(
+    "evaluate",
+    "Score saved models on held-out pictures, with classical inpainting beside them.",
+    ["zoo:emoji-teacher runs/mine/student --baselines --output_dir runs/evaluate"],
+    [
+        flag("models", nargs="+", metavar="MODEL", help="a saved pipeline's folder, or zoo:NAME"),
+        flag("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="names data, masks and sampler"),
+        flag("--baselines", action="store_true", help="mean colour, Telea, Navier-Stokes, biharmonic too"),
+    ],
+    takes_overrides=True,
+)
 def _evaluate(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.evaluate.compare import evaluate
@@ -207,6 +140,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"scores: {path}")
 
 
+@command(
+    "generate",
+    "Fill the white part of a mask in one picture.",
+    ["--model zoo:emoji-teacher --image face.png --mask hole.png --prompt 'flat cat face' --out filled.png"],
+    [
+        flag("--model", default="zoo:emoji-teacher"),
+        flag("--image", type=Path, required=True),
+        flag("--mask", type=Path, required=True, help="white where to fill, of the picture's size"),
+        flag("--prompt", default=""),
+        flag("--out", type=Path, default=Path("filled.png")),
+        flag("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey"),
+        flag("--num_inference_steps", default="10"),
+        flag("--guidance_scale", default="2.0"),
+        flag("--seed", default="0"),
+        flag("--device", default="auto"),
+    ],
+)
 def _generate(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.diffusion.generate import generate
@@ -219,6 +169,19 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+@command(
+    "data",
+    "Check a folder of pictures or shards, or prepare one as shards.",
+    ["check my/pictures", "prepare my/pictures --out my/shards --resolution 64"],
+    [
+        flag("action", choices=["check", "prepare"]),
+        flag("folder", type=Path),
+        flag("--split", default="train"),
+        flag("--out", type=Path, help="prepare: where the shards go"),
+        flag("--resolution", type=int, default=64, help="prepare: pixels a side"),
+        flag("--fit", choices=["crop", "pad"], default="crop", help="prepare: how a picture becomes square"),
+    ],
+)
 def _data(args: argparse.Namespace) -> None:
     from refine_control.data.prepare import prepare
     from refine_control.data.source import check, open_dataset
@@ -241,6 +204,25 @@ def _data(args: argparse.Namespace) -> None:
         )
 
 
+@command(
+    "student",
+    "Say what a student will cost, before any training: a recipe's, a named one, or the best within a budget.",
+    [
+        "plan recipes/demo.yaml --student mobile",
+        "plan --teacher my/sd15 --controlnet my/inpaint-controlnet --target bk-tiny",
+        "plan --teacher zoo:emoji-teacher --macs 20M --params 1M",
+    ],
+    [
+        flag("action", choices=["plan"]),
+        flag("recipe", type=Path, nargs="?", help="a recipe; else give --teacher"),
+        flag("--teacher", help="a saved pipeline's folder, zoo:NAME or a hub id; only its configs are read"),
+        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
+        flag("--target", help="bk-base, bk-small, bk-tiny, mobile or micro"),
+        flag("--macs", help="at most, of foundation and module for one step of one picture, e.g. 60G"),
+        flag("--params", help="at most, of foundation and module, e.g. 50M"),
+    ],
+    takes_overrides=True,
+)
 def _student(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.plans import StudentName
@@ -275,6 +257,7 @@ def _student(args: argparse.Namespace) -> None:
         print(search_table(search(teacher, budget.get("--macs"), budget.get("--params")), teacher))
 
 
+@command("env", "Print versions and what this machine offers.", [""])
 def _env(args: argparse.Namespace) -> None:
     from refine_control.evaluate.compare import machine
 

@@ -215,7 +215,7 @@ def save(config: Config, path: Path) -> None:
 def learnt(config: Config) -> dict[str, Any]:
     """What decides the trained weights, as plain data: not where they go, how fast, or how they are looked at."""
     caches = {"cache_gb", "cache_dir", "teacher_cache_gb"}
-    aside = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": caches}
+    aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": caches}
     return config.model_dump(mode="json", exclude=aside)
 
 

@@ -1,0 +1,64 @@
+"""How a command of the command line is written: its name, help, examples and flags stand above its function."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from refine_control import __version__
+
+OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.labelled my/folder"
+Flag = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Command(NamedTuple):
+    name: str
+    help: str
+    examples: str
+    flags: tuple[Flag, ...]
+    takes_overrides: bool
+    run: Callable[[argparse.Namespace], None]
+
+
+COMMANDS: list[Command] = []
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    """What argparse's `add_argument` is given."""
+    return names, options
+
+
+def command(
+    name: str, help: str, examples: Sequence[str], flags: Sequence[Flag] = (), takes_overrides: bool = False
+) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:
+    """Makes a function of the parsed arguments one of the commands."""
+
+    def register(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+        lines = "\n".join(f"  refine-control {name} {example}".rstrip() for example in examples)
+        COMMANDS.append(Command(name, help, lines, tuple(flags), takes_overrides, run))
+        return run
+
+    return register
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all commands that were registered."""
+    whole = argparse.ArgumentParser(
+        prog="refine-control",
+        description="Distil a diffusion foundation and its control module into a small student.",
+    )
+    whole.add_argument("--version", action="version", version=__version__)
+    parsers = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for each in COMMANDS:
+        added = parsers.add_parser(
+            each.name,
+            help=each.help,
+            description=each.help,
+            epilog="examples:\n" + each.examples + (f"\n\n{OVERRIDES}" if each.takes_overrides else ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=each.run, takes_overrides=each.takes_overrides)
+        for names, options in each.flags:
+            added.add_argument(*names, **options)
+    return whole
