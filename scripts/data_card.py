@@ -37,8 +37,8 @@ pictures of one folder and first word are kept.
 
 ## Limits
 Drawings on white; a few pieces of clip art are photographs. Captions are English: style, kind and name, as in "flat
-animal mammal, koala"; the kinds are the emoji data's subcategories. Clip art of the 2000s, by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one
-way only.
+animal mammal, koala"; the kinds are the emoji data's subcategories. Clip art of
+the 2000s, by many hands, some with writing. Names follow Unicode, so "person" is often drawn in one way only.
 """
 
 

@@ -6,11 +6,16 @@ python scripts/results_page.py
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BETTER_HIGH = ("psnr", "ssim")
+CONTROLS = (
+    "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
+    "--rows scratch,teacher-weights,stage1-continued,plain-rows-without-task,refine-control"
+)
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -36,6 +41,23 @@ def table(rows: dict[str, dict[str, Any]], spread: dict[str, Any] | None = None)
     return [*lines, ""]
 
 
+def duels(runs: dict[str, Any], rivals: list[str]) -> list[str]:
+    """refine-control minus each control in the hole, seed by seed."""
+    ours = runs["refine-control"]
+    lines = ["Refine-Control minus each control in the hole, seed by seed: mean ± standard deviation (seeds won).", ""]
+    metrics = list(next(iter(ours.values()))["labelled"])
+    lines += ["| against | domain | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
+    for rival in rivals:
+        for domain in next(iter(ours.values())):
+            cells = []
+            for m in metrics:
+                gains = [ours[s][domain][m]["hole"] - runs[rival][s][domain][m]["hole"] for s in ours]
+                won = sum((gain > 0) == (m in BETTER_HIGH) for gain in gains)
+                cells.append(f"{statistics.mean(gains):+.3g} ± {statistics.stdev(gains):.2g} ({won}/{len(gains)})")
+            lines.append(f"| {rival} | {domain} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
     rows = {k: v for k, v in scores.items() if isinstance(v, dict) and "psnr" in v}
     seeds, extractor = scores["seeds"], scores["extractor"][0]
@@ -51,8 +73,15 @@ def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
     if other:
         lines += ["Held-out pictures of the unlabelled domain:", ""]
         lines += table(other, {name: s.get("unlabelled") for name, s in scores["spread"].items()})
-    lines += ["| | parameters | MACs | ms a forward |", "|---|---|---|---|"]
-    lines += [f"| {n} | {r['params']:,} | {r['macs']:,} | {r['latency_ms']:.1f} |" for n, r in rows.items()]
+    if len(seeds) > 1 and "refine-control" in scores["runs"]:
+        lines += duels(scores["runs"], [name for name in rows if name not in ("teacher", "refine-control")])
+    minutes = {name: statistics.mean(seconds) / 60 for name, seconds in scores["wall_seconds"].items()}
+    lines += ["| | parameters | MACs | ms a forward | minutes of training |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {n} | {r['params']:,} | {r['macs']:,} | {r['latency_ms']:.1f} | "
+        + (f"{minutes[n]:.1f} |" if n in minutes else "|")
+        for n, r in rows.items()
+    ]
     return [*lines, ""]
 
 
@@ -67,7 +96,7 @@ def main() -> None:
     if demo := read("demo/scores.json"):
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):
-        lines += comparison("Controls", "refine-control compare recipes/demo.yaml", controls)
+        lines += comparison("Controls", CONTROLS, controls)
     if step := read("benchmark-step.json"):
         ratio = step["step_over_floor"]
         lines += ["## One distillation step against its floor", "", "`python benchmarks/step.py recipes/demo.yaml`", ""]

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import ControlNetModel
 
-from refine_control.diffusion.model import Model
+from refine_control.diffusion.model import Model, halvings
 from refine_control.errors import ModelError
 
 PICTURE_CHANNELS = 3
@@ -88,7 +88,7 @@ def _with_net(model: Model, net: ControlNetModel, label: str) -> Iterator[Pair]:
         yield f"{key} of UNet and {label}", unet[key], config[key]
     for key in ("block_out_channels", "layers_per_block"):
         yield f"{key} of UNet and {label}", _by_level(unet, key), _by_level(config, key)
-    scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    scale = halvings(config.conditioning_embedding_out_channels)
     yield f"pixels per latent of VAE and {label}", model.downscale, scale
     what = f"conditioning_channels of {label} and channels of a control picture"
     yield what, config.conditioning_channels, PICTURE_CHANNELS

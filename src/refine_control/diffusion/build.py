@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from refine_control.diffusion.model import Denoiser
+from refine_control.diffusion.model import Denoiser, halvings
 from refine_control.errors import RecipeError
 from refine_control.plans import AutoencoderPlan, DenoiserPlan, TextPlan
 
@@ -18,7 +18,7 @@ def build_denoiser(plan: DenoiserPlan, latent_channels: int, text_width: int, sa
     """A fresh foundation and its module for these latents and text embeddings; all else as diffusers has it."""
     shared = {"in_channels": latent_channels, "cross_attention_dim": text_width}
     foundation = build_foundation(plan, {**shared, "out_channels": latent_channels, "sample_size": sample_size})
-    return Denoiser(foundation, build_net(plan, shared), 2 ** (len(plan.conditioning_channels) - 1))
+    return Denoiser(foundation, build_net(plan, shared), halvings(plan.conditioning_channels))
 
 
 def build_foundation(plan: DenoiserPlan, inherited: Mapping[str, Any]) -> UNet2DConditionModel:
@@ -74,8 +74,8 @@ def build_outline(
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(vae)
         module = module_of([ControlNetModel.from_config(net) for net in nets])
-        downscale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        return Denoiser(UNet2DConditionModel.from_config(unet), module, downscale).eval(), autoencoder
+        foundation = UNet2DConditionModel.from_config(unet)
+        return Denoiser(foundation, module, halvings(autoencoder.config.block_out_channels)).eval(), autoencoder
 
 
 def _shape(plan: DenoiserPlan) -> dict[str, Any]:

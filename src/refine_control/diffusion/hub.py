@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from refine_control.errors import ModelError
@@ -57,6 +57,12 @@ def download(name: str, index: str, folders: str) -> Path:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=[index, *choose(files, folders)]))
     except UNREACHABLE as error:
         raise ModelError(f"cannot download '{name}' ({_line(error)}); run the same command again") from None
+
+
+def download_file(name: str, file: str) -> Path:
+    """Brings one file here; raises what the client library raises, see UNREACHABLE."""
+    repo, revision = _split(name)
+    return Path(hf_hub_download(repo, file, revision=revision))
 
 
 def choose(files: Iterable[str], folders: str) -> list[str]:

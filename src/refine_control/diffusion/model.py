@@ -6,6 +6,7 @@ more `Denoiser`; see docs/architecture.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.text import Text, embed_sd, embed_xl
 from refine_control.errors import ModelError
+
+
+def halvings(widths: Sequence[int]) -> int:
+    """How many times smaller a network's last level is than its first, along one side: every level but one halves."""
+    return 2 ** (len(widths) - 1)
 
 
 class Denoiser(nn.Module):
@@ -130,7 +136,7 @@ class Model:
     @property
     def downscale(self) -> int:
         """Pixels per latent, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return halvings(self.vae.config.block_out_channels)
 
     @property
     def resolution(self) -> int:

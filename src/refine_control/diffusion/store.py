@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from refine_control.diffusion import hub
 from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.build import module_of
-from refine_control.diffusion.model import Denoiser, Model
+from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.errors import ModelError
 
@@ -134,7 +134,7 @@ def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     NoiseSchedule.from_config(scheduler)  # asked now, not hours later
     foundation, vae = parts.pop("unet"), parts["vae"]
     return Model(
-        denoiser=Denoiser(foundation, module_of(nets), downscale=2 ** (len(vae.config.block_out_channels) - 1)),
+        denoiser=Denoiser(foundation, module_of(nets), downscale=halvings(vae.config.block_out_channels)),
         scheduler=complete(scheduler),
         empty_is_zeros=is_xl and index.get("force_zeros_for_empty_prompt", True),
         **parts,

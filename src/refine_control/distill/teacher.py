@@ -16,7 +16,7 @@ from refine_control.data.source import open_dataset
 from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
-from refine_control.diffusion.model import Model
+from refine_control.diffusion.model import Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, pick_device, refuse_processes, set_threads, train
@@ -66,7 +66,7 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
         aside.rename(kept_tokenizer)
     tokenizer = CLIPTokenizer.from_pretrained(kept_tokenizer, local_files_only=True)
     text_encoder = build_text_encoder(recipe.text, tokenizer)
-    downscale = 2 ** (len(recipe.autoencoder.block_out_channels) - 1)
+    downscale = halvings(recipe.autoencoder.block_out_channels)
     denoiser = build_denoiser(
         recipe.denoiser,
         recipe.autoencoder.latent_channels,

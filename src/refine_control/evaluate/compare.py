@@ -25,7 +25,7 @@ from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.report import ReportData, Row, write_report, write_table
-from refine_control.evaluate.rows import train_row
+from refine_control.evaluate.rows import train_row, wall_seconds
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
 
@@ -67,6 +67,8 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     table: dict[str, Any] = {name: _flat(summary) for name, summary in scores.items()}
     table["extractor"] = first["provenance"]
     table["other_domain"] = {name: summary["domains"].get("unlabelled") for name, summary in scores.items()}
+    table["runs"] = {name: _runs(name, results) for name in scores}
+    table["wall_seconds"] = {row: [wall_seconds(folders[row, seed]) for seed in seeds] for row in rows}
     table["spread"] = {name: summary["spread"] for name, summary in scores.items()}
     table["seeds"] = list(seeds)
     table["machine"] = machine()
@@ -112,6 +114,15 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     return out / "scores.json"
 
 
+def _runs(name: str, results: dict[tuple[str, int], dict[str, Any]]) -> dict[int, Any]:
+    """{seed: {domain: {metric: {"whole", "hole"}}}}: rows are compared seed by seed."""
+    return {
+        seed: {domain: scored["metrics"] for domain, scored in result["domains"].items()}
+        for (row, seed), result in results.items()
+        if row == name
+    }
+
+
 def _summary(name: str, results: dict[tuple[str, int], dict[str, Any]], latency: dict[str, float]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of one row, by domain, metric and region."""
     runs = [result for (row, _), result in results.items() if row == name]
@@ -132,8 +143,14 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _trained_row(name: str, summary: dict[str, Any], recipe: DistilRecipe, out: Path, seed: int) -> Row:
     folder = out / name / f"seed-{seed}"
-    wall = json.loads((folder / "done.json").read_text(encoding="utf-8"))["wall_seconds"]
-    return _row(name, summary["domains"], summary, wall, recipe.stage1.steps + recipe.stage2.steps, drawn(folder))
+    return _row(
+        name,
+        summary["domains"],
+        summary,
+        wall_seconds(folder),
+        recipe.stage1.steps + recipe.stage2.steps,
+        drawn(folder),
+    )
 
 
 def _row(

@@ -8,9 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HTTPError
-
 from refine_control.diffusion import hub, store
 from refine_control.diffusion.build import build_outline
 from refine_control.diffusion.model import Model
@@ -66,12 +63,11 @@ def _json(folder: str, file: str) -> dict[str, Any]:
         if Path(folder).is_dir():
             path = Path(folder) / file
         elif hub.is_name(folder):
-            repo, _, revision = folder.partition("@")
-            path = Path(hf_hub_download(repo, file, revision=revision or None))
+            path = hub.download_file(folder, file)
         else:
             raise ModelError(f"'{folder}' is no folder here; give one, zoo:NAME, or org/repo on the Hugging Face hub")
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (HTTPError, OSError, ValueError) as error:
+    except (*hub.UNREACHABLE, ValueError) as error:
         raise ModelError(
             f"cannot read {file} of '{folder}': {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from None
