@@ -5,11 +5,15 @@ BIN := .venv/bin
 .PHONY: demo test test-slow lint format clean
 .DEFAULT_GOAL := demo
 
-# torch first and alone: asked for together with others, it would bring gigabytes of GPU libraries on Linux.
+# torch first and alone, so that nothing else decides which build it is. On Linux the build of the package index brings
+# gigabytes of GPU libraries; make TORCH_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" does without.
+TORCH_FLAGS ?=
 .venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

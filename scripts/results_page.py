@@ -75,8 +75,8 @@ def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
         lines += table(other, {name: s.get("unlabelled") for name, s in scores["spread"].items()})
     if len(seeds) > 1 and "refine-control" in scores["runs"]:
         lines += duels(scores["runs"], [name for name in rows if name not in ("teacher", "refine-control")])
-    minutes = {name: statistics.mean(seconds) / 60 for name, seconds in scores["wall_seconds"].items()}
-    lines += ["| | parameters | MACs | ms a forward | minutes of training |", "|---|---|---|---|---|"]
+    minutes = {name: statistics.median(seconds) / 60 for name, seconds in scores["wall_seconds"].items()}
+    lines += ["| | parameters | MACs | ms a forward | minutes of training (median) |", "|---|---|---|---|---|"]
     lines += [
         f"| {n} | {r['params']:,} | {r['macs']:,} | {r['latency_ms']:.1f} | "
         + (f"{minutes[n]:.1f} |" if n in minutes else "|")

@@ -94,7 +94,7 @@ def main() -> None:
     is_teacher = "denoiser" in recipe
     folder = args.run / ("model" if is_teacher else "student")
     scores = json.loads(args.scores.read_text(encoding="utf-8"))
-    entry = next(v for k, v in scores.items() if "domains" in v and k.rstrip("/").endswith(str(folder)))
+    entry = next(scores[k] for k in (str(folder), f"zoo:{args.name}") if k in scores)
     target = ZOO / args.name
     aside = ZOO / f".{args.name}.part"
     shutil.rmtree(aside, ignore_errors=True)
@@ -112,6 +112,9 @@ def main() -> None:
         seed=recipe["seed"],
         machine=f"{machine['cores']} CPU cores" + (f", {machine['gpu']}" if machine["gpu"] else ""),
     )
+    if recipe.get("init_from"):
+        card += "The times are those of the last run, which went on from other weights. "
+        card += "From nothing the recipe was not run in this form.\n"
     lines = [args.note, "", "## Scores", "", f"On {scores['provenance'][0]['n']} held-out pictures of each domain.", ""]
     lines += score_table(scores)
     lines += gate(entry, scores) if is_teacher else []

@@ -58,6 +58,23 @@ SDXL_UNET = SD15_UNET | {  # stabilityai/stable-diffusion-xl-base-1.0
 UNETS = {"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET}
 PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}  # of the published UNets
 
+TEXT = {  # openai/clip-vit-large-patch14, of sd15 and the first of sdxl
+    "max_position_embeddings": 77,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+}
+TEXT_2 = TEXT | {  # the second of sdxl
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+TEXT_PARAMETERS = (123_060_480, 694_659_840)
 VAE = {  # AutoencoderKL of all three
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -82,7 +99,9 @@ def controlnet(unet: dict[str, Any]) -> dict[str, Any]:
 
 def write_configs(folder: Path, family: str, module: bool = True) -> Path:
     """The configs of a saved ControlNet pipeline, or without `module` of the foundation's, and no weights."""
-    parts = {"unet": UNETS[family], "vae": VAE, "text_encoder": {"max_position_embeddings": 77}}
+    parts = {"unet": UNETS[family], "vae": VAE, "text_encoder": TEXT}
+    if family == "sdxl":
+        parts["text_encoder_2"] = TEXT_2
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
     if module:
         parts["controlnet"] = controlnet(UNETS[family])

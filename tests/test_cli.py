@@ -198,6 +198,9 @@ def test_a_student_may_be_named_in_the_recipe(workplace: Path, tmp_path: Path) -
         (("distill", "RECIPE", "--data.unlabelled", "null"), ("data.unlabelled",)),
         (("distill", "RECIPE", "--alignment", "{foundation.nowhere: foundation.mid_block}"), ("foundation.nowhere",)),
         (("compare", "RECIPE", "--rows", "magic"), ("magic", "scratch")),
+        (("compare", "RECIPE", "--seed", "5"), ("--seeds 5",)),
+        (("distill", "RECIPE", "--stage1.steps"), ("--stage1.steps", "no value")),
+        (("distill", "RECIPE", "--labelled", "PLAIN"), ("plain", "caption", "metadata.jsonl")),
         (("compare", "RECIPE", "--seeds", "one"), ("one", "0,1,2")),
         (("distill", "RECIPE", "--run.device", "abacus"), ("abacus", "cpu")),
     ],
@@ -206,10 +209,25 @@ def test_mistakes_end_in_one_line_that_names_value_and_mend(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     out = ("--output_dir", str(tmp_path / "out"))
-    line = refused(capsys, *(str(workplace / "recipe.yaml") if word == "RECIPE" else word for word in argv), *out)
+    places = {"PLAIN": str(workplace / "plain"), "RECIPE": str(workplace / "recipe.yaml")}
+    line = refused(capsys, *(places.get(word, word) for word in argv), *out)
     for word in words:
         assert word in line
     assert not (tmp_path / "out" / "student").exists()
+
+
+def test_overrides_may_stand_anywhere(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = str(workplace / "recipe.yaml"), str(tmp_path / "out")
+    assert main(["distill", "--stage1.steps", "0", recipe, "--stage2.steps=1", "--output_dir", out]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("stage*")) == ["stage2"]
+
+
+def test_scores_of_pictures_that_were_trained_on_are_called_so(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml")]
+    assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("pictures that were trained on") == 2
 
 
 def test_mask_of_another_size_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

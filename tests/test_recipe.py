@@ -57,11 +57,11 @@ def test_a_shipped_recipe_is_valid_and_survives_saving(path: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_shipped_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
-    from refine_control.cli import _parser
+    from refine_control.cli import parser
 
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# refine-control ")
-    args, rest = _parser().parse_known_args(first.removeprefix("# refine-control ").split())
+    args, rest = parser().parse_known_args(first.removeprefix("# refine-control ").split())
     assert args.recipe == Path("recipes") / path.name
     assert rest == []
 
@@ -108,9 +108,14 @@ def test_saved_with_overrides_then_loaded_is_equal(small: Path, tmp_path: Path) 
 HOW = {"run.device": "cpu", "sample.seed": "5", "evaluate.images": "7", "data.cache_gb": "0.5", "output_dir": "moved"}
 
 
+def begin(small: Path, run: Path, contents: dict[str, str] | None = None) -> None:
+    claim(load(DistilRecipe, small), run, contents)
+    (run / "stage1/checkpoints/step-000001").mkdir(parents=True)
+
+
 def test_a_folder_holds_one_run_however_it_runs(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    claim(load(DistilRecipe, small), run)
+    begin(small, run)
     for key, value in HOW.items():
         claim(load(DistilRecipe, small, {key: value}), run)
     assert load(DistilRecipe, run / "recipe.yaml").output_dir == "moved", "the newest is kept"
@@ -128,11 +133,24 @@ def test_a_folder_holds_one_run_however_it_runs(small: Path, tmp_path: Path) -> 
 def test_a_folder_refuses_another_run_and_keeps_what_is_there(
     small: Path, tmp_path: Path, key: str, value: str, said: str
 ) -> None:
-    claim(load(DistilRecipe, small), tmp_path / "run")
+    begin(small, tmp_path / "run")
     before = (tmp_path / "run/recipe.yaml").read_text()
     with pytest.raises(RecipeError, match=said):
         claim(load(DistilRecipe, small, {key: value}), tmp_path / "run")
     assert (tmp_path / "run/recipe.yaml").read_text() == before
+
+
+def test_a_recipe_is_mended_freely_until_something_is_trained(small: Path, tmp_path: Path) -> None:
+    claim(load(DistilRecipe, small, {"data.labelled": "mistyped"}), tmp_path / "run")
+    claim(load(DistilRecipe, small), tmp_path / "run")
+    assert load(DistilRecipe, tmp_path / "run/recipe.yaml").data.labelled == "my/pictures"
+
+
+def test_other_contents_under_the_same_names_are_another_run(small: Path, tmp_path: Path) -> None:
+    begin(small, tmp_path / "run", {"teacher": "abc", "data.labelled": "def"})
+    claim(load(DistilRecipe, small), tmp_path / "run", {"teacher": "abc", "data.labelled": "def"})
+    with pytest.raises(RecipeError, match="contents of teacher abc, not xyz"):
+        claim(load(DistilRecipe, small), tmp_path / "run", {"teacher": "xyz", "data.labelled": "def"})
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked(small: Path) -> None:

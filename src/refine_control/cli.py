@@ -11,7 +11,7 @@ from typing import get_args
 
 import yaml
 
-from refine_control.command import command, flag, parser
+from refine_control.command import command, flag, parser, split_overrides
 from refine_control.errors import UserError
 
 RECIPE = flag("recipe", type=Path)
@@ -21,18 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what we were given, 130 stopped by Ctrl-C; run again to go on."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     whole = parser()
-    args, rest = whole.parse_known_args(argv)
-    if rest and not getattr(args, "takes_overrides", False):
+    args, rest = whole.parse_known_args(words)
+    if rest:
         whole.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
     try:
-        args.overrides = _overrides(rest)
+        args.overrides = _overrides(overrides)
         args.run(args)
     except UserError as error:
         print(f"refine-control: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder we may not write to
-        print(f"refine-control: {error.strerror or error}: {error.filename or 'disk'}", file=sys.stderr)
+        place = error.filename or "disk"
+        print(f"refine-control: {error.strerror or error}: {place}; mend it, then run it again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nrefine-control: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -42,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if len(words) % 2 or any(not key.startswith("--") for key in words[::2]):
-        raise UserError(f"overrides come as '--key value', not '{' '.join(rest)}'")
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        pairs[key.removeprefix("--")] = value
+    words = list(rest)
+    while words:
+        key = words.pop(0)
+        if not words or words[0].startswith("--"):
+            raise UserError(f"'{key}' has no value; overrides come as '--key value'")
+        pairs[key.removeprefix("--")] = words.pop(0)
     return pairs
 
 
@@ -54,10 +57,11 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     "demo",
     "Distil the embedded teacher, train scratch beside it, write a report.",
     ["", "--output_dir /tmp/demo"],
+    [flag("--recipe", type=Path, default=Path("recipes/demo.yaml")), flag("--seeds", default="0")],
     takes_overrides=True,
 )
 def _demo(args: argparse.Namespace) -> None:
-    args.recipe, args.rows, args.seeds = Path("recipes/demo.yaml"), "scratch,refine-control", "0"
+    args.rows = "scratch,refine-control"
     _compare(args)
 
 
@@ -76,6 +80,8 @@ def _compare(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.evaluate.compare import compare
 
+    if "seed" in args.overrides:
+        raise UserError("--seed: rows are compared over several seeds; give --seeds 5, or --seeds 0,1,2")
     loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
     report = compare(loaded, args.rows.split(","), [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")])
     print((report.parent / "table.md").read_text(encoding="utf-8"))
@@ -225,6 +231,7 @@ def _data(args: argparse.Namespace) -> None:
 )
 def _student(args: argparse.Namespace) -> None:
     from refine_control import recipe
+    from refine_control.distill.footprint import footprint, footprint_table
     from refine_control.plans import StudentName
     from refine_control.student.named import named_plan
     from refine_control.student.outline import plan_teacher
@@ -237,7 +244,9 @@ def _student(args: argparse.Namespace) -> None:
         if given or args.controlnet:
             raise UserError(f"{(given or ['--controlnet'])[0]} and a recipe exclude each other; give one of them")
         loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
-        print(plan_table(loaded.student, plan_teacher(loaded.teacher, loaded.controlnets)))
+        teacher = plan_teacher(loaded.teacher, loaded.controlnets)
+        print(f"{plan_table(loaded.student, teacher)}\n\ntraining by {args.recipe}:")
+        print(footprint_table(footprint(loaded, teacher)))
         return
     if args.overrides:
         raise UserError(f"unknown argument: --{next(iter(args.overrides))}; overrides need a recipe")

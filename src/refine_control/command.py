@@ -42,6 +42,28 @@ def command(
     return register
 
 
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without its overrides, and these: every `--key value` that is no flag of the command."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    mine = next((each for each in COMMANDS if each.name == name and each.takes_overrides), None)
+    if mine is None:
+        return list(words), []
+    known = {"-h", "--help", *(flag for names, _ in mine.flags for flag in names)}
+    kept: list[str] = []
+    overrides: list[str] = []
+    key = False  # whether the last word was a key that waits for its value
+    for word in words:
+        if word.startswith("--") and word.partition("=")[0] not in known:
+            overrides += word.split("=", 1)
+            key = "=" not in word
+        elif key and not word.startswith("--"):
+            overrides.append(word)
+            key = False
+        else:
+            kept.append(word)
+    return kept, overrides
+
+
 def parser() -> argparse.ArgumentParser:
     """Of all commands that were registered."""
     whole = argparse.ArgumentParser(
@@ -57,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
             description=each.help,
             epilog="examples:\n" + each.examples + (f"\n\n{OVERRIDES}" if each.takes_overrides else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         added.set_defaults(run=each.run, takes_overrides=each.takes_overrides)
         for names, options in each.flags:

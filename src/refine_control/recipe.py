@@ -6,6 +6,7 @@ errors. The resolved recipe is saved with the run. This module imports no torch,
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,9 +22,6 @@ from pydantic import (
 from refine_control.errors import RecipeError
 from refine_control.files import write_whole
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
-
-Fraction = Field(ge=0, le=1)
-
 
 ControlKind = Literal["inpaint", "edges", "grey", "file"]  # see data/controls.py
 
@@ -203,6 +201,8 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
         key = ".".join(loc)
         if first["type"] == "extra_forbidden":
             reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, loc))}"
+        elif first["type"] == "missing":
+            reason = f"'{key}' is missing"
         else:
             reason = f"'{key}' = {first['input']!r}: {first['msg']}"
         raise RecipeError(f"recipe '{origin}': {reason}") from None
@@ -213,21 +213,30 @@ def save(config: Config, path: Path) -> None:
 
 
 def learnt(config: Config) -> dict[str, Any]:
-    """What decides the trained weights, as plain data: not where they go, how fast, or how they are looked at."""
-    caches = {"cache_gb", "cache_dir", "teacher_cache_gb"}
-    aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": caches}
+    """What decides the trained weights, as plain data: not where they go, how fast, or how they are looked at.
+
+    Nor skip_corrupt, which a run that met a corrupt picture may need to go on.
+    """
+    data = {"cache_gb", "cache_dir", "teacher_cache_gb", "skip_corrupt"}
+    aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": data}
     return config.model_dump(mode="json", exclude=aside)
 
 
-def claim(config: R, folder: Path) -> None:
+def claim(config: R, folder: Path, contents: dict[str, str] | None = None) -> None:
     """Writes folder/recipe.yaml. A folder holds one run; the same command, or one that runs it otherwise, goes on.
 
+    contents: digests of what the recipe only names (a teacher's weights, data), kept in folder/contents.json.
+
     Raises:
-        RecipeError: the folder holds a run of another recipe; the first key that differs is named.
+        RecipeError: what was trained in the folder is of another recipe; the first key that differs is named.
     """
-    path = folder / "recipe.yaml"
-    if path.is_file():
+    path, kept = folder / "recipe.yaml", folder / "contents.json"
+    trained = any(next(folder.glob(mark), None) for mark in ("*/checkpoints/step-*", "student", "model"))
+    if trained and path.is_file():
         theirs, ours = _leaves(learnt(load(type(config), path))), _leaves(learnt(config))
+        if kept.is_file():
+            theirs |= _leaves(json.loads(kept.read_text(encoding="utf-8")), "contents of ")
+            ours |= _leaves(contents or {}, "contents of ")
         for key in [*ours, *theirs]:
             if ours.get(key) != theirs.get(key):
                 raise RecipeError(
@@ -235,6 +244,8 @@ def claim(config: R, folder: Path) -> None:
                     "remove it or choose another output_dir"
                 )
     save(config, path)
+    if contents:
+        write_whole(kept, json.dumps(contents, indent=1))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_an_alignment_of_ones_own(recipe: DistilRecipe) -> None:
 
 def test_another_resolution_than_the_teachers(recipe: DistilRecipe) -> None:
     data = recipe.data.model_copy(update={"resolution": 32})
-    with pytest.raises(ModelError, match=r"data\.resolution is 32 but teacher .* works at 16; set data\.resolution 16"):
+    with pytest.raises(ModelError, match=r"data\.resolution is 32 but model .* works at 16; set data\.resolution 16"):
         Distiller(recipe.teacher, data, recipe.run)
 
 

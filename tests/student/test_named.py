@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from published import PARAMETERS, UNETS, write_configs
+from published import PARAMETERS, TEXT_PARAMETERS, UNETS, write_configs
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.errors import ModelError, RecipeError
 from refine_control.student.named import named_plan, plan_of, reshape
@@ -100,7 +100,10 @@ def test_the_control_keeps_its_channels_and_their_order() -> None:
 
 
 def test_names_on_sdxl_cut_the_same_things(tmp_path: Path) -> None:
-    teacher = plan_teacher(str(write_configs(tmp_path, "sdxl"))).denoiser
+    whole = plan_teacher(str(write_configs(tmp_path, "sdxl")))
+    encoders = (whole.text_encoder, whole.text_encoder_2)
+    assert tuple(sum(p.numel() for p in e.parameters()) for e in encoders if e is not None) == TEXT_PARAMETERS
+    teacher = whole.denoiser
     base, small, tiny = (named_plan(name, teacher) for name in ("bk-base", "bk-small", "bk-tiny"))
     assert (base.layers_per_block, base.mid_block, base.block_out_channels) == (1, "attention", (320, 640, 1280))
     assert base.transformer_layers == (1, 2, 10)

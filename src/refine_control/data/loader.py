@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,6 +79,13 @@ class Pictures:
             "variants": self.variants,
             **config,
         }
+
+    def contents(self) -> str:
+        """Changes with the files' names and sizes and with the captions, not with when they were written."""
+        digest = hashlib.sha256("\0".join(self.text(index) for index in range(self.examples)).encode())
+        for path in sorted(self.dataset.files()):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def _versioned(self, example: Example, version: int, index: int) -> Example:
         """Version 0 as it is, 1 mirrored, others zoomed and shifted by up to an eighth, every second one mirrored."""

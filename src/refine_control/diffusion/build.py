@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from refine_control.diffusion.model import Denoiser, halvings
 from refine_control.errors import RecipeError
@@ -76,6 +76,13 @@ def build_outline(
         module = module_of([ControlNetModel.from_config(net) for net in nets])
         foundation = UNet2DConditionModel.from_config(unet)
         return Denoiser(foundation, module, halvings(autoencoder.config.block_out_channels)).eval(), autoencoder
+
+
+def build_text_outline(config: Mapping[str, Any]) -> CLIPTextModel:
+    """A saved text encoder by its config, without weights, on the meta device; raises as `build_outline`."""
+    projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    with torch.device("meta"):
+        return (CLIPTextModelWithProjection if projects else CLIPTextModel)(CLIPTextConfig(**_open(config)))
 
 
 def _shape(plan: DenoiserPlan) -> dict[str, Any]:

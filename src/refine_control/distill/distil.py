@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,8 +24,8 @@ from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import pick_device, set_threads, train
 from refine_control.distill.preview import Preview
 from refine_control.distill.stages import Distillation, teacher_features
-from refine_control.distill.teacher import open_pictures
-from refine_control.errors import ModelError, RecipeError
+from refine_control.distill.teacher import check_resolution, contents, open_pictures
+from refine_control.errors import RecipeError
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, claim
 from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
@@ -43,11 +44,7 @@ class Distiller:
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
         self.teacher.denoiser.to(DTYPES[run.teacher_dtype])
-        if data.resolution != self.teacher.resolution:
-            raise ModelError(
-                f"data.resolution is {data.resolution} but teacher '{teacher}' works at "
-                f"{self.teacher.resolution}; set data.resolution {self.teacher.resolution}"
-            )
+        check_resolution(self.teacher, teacher, data)
         nets = self.teacher.denoiser.nets
         if nets and len(nets) != len(data.controls):
             raise RecipeError(
@@ -66,7 +63,7 @@ class Distiller:
         recipe = self.pinned(recipe)
         _agree(recipe)
         if self.team.is_main_process:
-            claim(recipe, folder)
+            self.claim(recipe, folder)
         student, bridges = self.fresh_student(recipe)
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
@@ -79,6 +76,10 @@ class Distiller:
     def pinned(self, recipe: DistilRecipe) -> DistilRecipe:
         """The recipe with the commits of what came from the hub."""
         return recipe.model_copy(update={"teacher": self.name, "controlnets": self.controlnets})
+
+    def claim(self, recipe: DistilRecipe, folder: Path) -> None:
+        """Makes the folder this run's. Raises RecipeError where it holds another one's."""
+        claim(recipe, folder, self._contents)
 
     def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight."""
@@ -129,6 +130,12 @@ class Distiller:
         )
 
     @cached_property
+    def _contents(self) -> dict[str, str]:
+        """What the recipe names, by what it holds."""
+        teacher = hashlib.sha256("".join(self._weights).encode()).hexdigest()
+        return {"teacher": teacher, **contents(self.labelled, self.unlabelled)}
+
+    @cached_property
     def _weights(self) -> list[str]:
         """The frozen teacher's digests: hashed once, not for each stage of each student."""
         return [digest(network) for network in self.teacher.parts]
@@ -161,13 +168,18 @@ def _agree(recipe: DistilRecipe) -> None:
         raise RecipeError(f"processes 0 and {odd} were given different recipes; start all with the same file and flags")
 
 
+def with_known_commits(recipe: DistilRecipe, folder: Path) -> DistilRecipe:
+    """The recipe with the commits that the run in a folder began with, where it names the hub's models without one."""
+    if not (folder / "recipe.yaml").is_file():
+        return recipe
+    begun = load_recipe(DistilRecipe, folder / "recipe.yaml")
+    known = {name.split("@")[0]: name for name in (begun.teacher, *begun.controlnets)}
+    nets = tuple(known.get(name, name) for name in recipe.controlnets)
+    return recipe.model_copy(update={"teacher": known.get(recipe.teacher, recipe.teacher), "controlnets": nets})
+
+
 def distil(recipe: DistilRecipe) -> Path:
-    """`refine-control distill`. A run that goes on keeps the commits that it began with."""
-    kept = Path(recipe.output_dir) / "recipe.yaml"
-    if kept.is_file():
-        begun = load_recipe(DistilRecipe, kept)
-        known = {name.split("@")[0]: name for name in (begun.teacher, *begun.controlnets)}
-        nets = tuple(known.get(name, name) for name in recipe.controlnets)
-        recipe = recipe.model_copy(update={"teacher": known.get(recipe.teacher, recipe.teacher), "controlnets": nets})
+    """`refine-control distill`."""
+    recipe = with_known_commits(recipe, Path(recipe.output_dir))
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     return distiller.run(recipe, Path(recipe.output_dir))

@@ -22,6 +22,7 @@ from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, pick_device, refuse_processes, set_threads, train
 from refine_control.distill.losses import task_loss
 from refine_control.distill.preview import Preview, save_grid
+from refine_control.errors import DataError, ModelError
 from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, claim
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
@@ -31,10 +32,10 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     """Trains what the recipe describes, or goes on where it stopped. Returns the folder of the saved model."""
     refuse_processes("train-teacher")
     folder = Path(recipe.output_dir)
-    claim(recipe, folder)
     set_threads(recipe.run)
-    torch.manual_seed(recipe.seed)
     labelled, unlabelled = open_pictures(recipe.data)
+    claim(recipe, folder, contents(labelled, unlabelled))
+    torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
@@ -50,14 +51,35 @@ def open_pictures(
     """The labelled and the plain data set of a recipe, at its resolution."""
     variants = variants or data.variants
     labelled = Pictures(open_dataset(data.labelled, split), data, variants, data.labelled_limit)
+    if not any(labelled.text(index) for index in range(labelled.examples)):
+        raise DataError(
+            f"no picture of '{data.labelled}' has a caption; give each a 'text' in its metadata.jsonl, "
+            "or name the folder data.unlabelled"
+        )
     unlabelled = Pictures(open_dataset(data.unlabelled, split), data, variants) if data.unlabelled else None
     return labelled, unlabelled
+
+
+def check_resolution(model: Model, name: str, data: DataConfig) -> None:
+    """Raises ModelError where a recipe's pictures are not of the size that a model works at."""
+    if data.resolution != model.resolution:
+        raise ModelError(
+            f"data.resolution is {data.resolution} but model '{name}' works at {model.resolution}; "
+            f"set data.resolution {model.resolution}"
+        )
+
+
+def contents(labelled: Pictures, unlabelled: Pictures | None) -> dict[str, str]:
+    """Digests of the data sets, by their place in a recipe."""
+    return {"data.labelled": labelled.contents()} | ({"data.unlabelled": unlabelled.contents()} if unlabelled else {})
 
 
 def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: Path) -> Model:
     """Byte-pair training numbers equally frequent pairs differently in every process, so the tokenizer is kept."""
     if recipe.init_from:
-        return store.load(recipe.init_from)
+        model = store.load(recipe.init_from)
+        check_resolution(model, recipe.init_from, recipe.data)
+        return model
     vae = build_autoencoder(recipe.autoencoder)
     captions = [labelled[i].text or "" for i in range(labelled.examples)]
     if not kept_tokenizer.is_dir():

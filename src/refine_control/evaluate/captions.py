@@ -22,9 +22,8 @@ def caption_losses(model: Model, heldout: HeldOut, draws: int = 8, rows: int = 6
     schedule = NoiseSchedule.from_config(model.scheduler)
     batch = heldout.batch
     captions = list(batch.captions)
-    # Neighbours may share a concept, so the stranger's caption comes from half the data set away.
-    half = len(captions) // 2
-    kinds = {"right": captions, "empty": [""] * len(captions), "shuffled": captions[half:] + captions[:half]}
+    order = torch.randperm(len(captions), generator=batch.generator("shuffled captions")).tolist()
+    kinds = {"right": captions, "empty": [""] * len(captions), "shuffled": [captions[i] for i in order]}
     losses = dict.fromkeys(kinds, 0.0)
     chunks = [slice(first, first + rows) for first in range(0, len(captions), rows)]
     latents = torch.cat([model.encode(batch.image[chunk].to(model.device)).cpu() for chunk in chunks])

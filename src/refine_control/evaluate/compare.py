@@ -13,19 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refine_control import __version__
 from refine_control.diffusion.store import load
-from refine_control.distill.distil import Distiller
+from refine_control.distill.distil import Distiller, with_known_commits
 from refine_control.distill.loop import refuse_processes, set_threads
+from refine_control.distill.preview import mask_out, save_grid
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.report import ReportData, Row, write_report, write_table
-from refine_control.evaluate.rows import train_row, wall_seconds
+from refine_control.evaluate.rows import check_rows, train_row, wall_seconds
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
 
@@ -49,6 +51,8 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     """
     refuse_processes("compare")
     out = Path(recipe.output_dir)
+    check_rows(rows)
+    recipe = with_known_commits(recipe, out / rows[0] / f"seed-{seeds[0]}")
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     folders = {(row, seed): out / row / f"seed-{seed}" for seed in seeds for row in rows}
     for (row, seed), folder in folders.items():
@@ -85,8 +89,9 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
 def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) -> Path:
     """Scores saved models, and classical inpainting where asked, on a recipe's held-out pictures.
 
-    Writes scores.json, table.csv and table.md in recipe.output_dir and returns the path of scores.json. The models'
-    task losses under the right, the empty and a stranger's caption stand in it too.
+    Writes scores.json, table.csv, table.md and for each model a sheet of pictures of each domain in recipe.output_dir;
+    returns the path of scores.json. The models' task losses under the right, the empty and a stranger's caption stand
+    in it too.
     """
     refuse_processes("evaluate")
     set_threads(recipe.run)
@@ -100,7 +105,10 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         model = load(name).freeze()
         summary = _summary(name, {(name, 0): result}, latency_ms({name: model})[name])
         table[name] = summary | {"caption_losses": caption_losses(model, domains["labelled"].heldout)}
-        rows.append(_row(name, summary["domains"], summary, None, None, drawn(folder)))
+        pictures = drawn(folder)
+        rows.append(_row(name, summary["domains"], summary, None, None, pictures))
+        for key, domain in domains.items():
+            _save_sheet(folder / f"{key}.png", domain, pictures[key])
     for name in BASELINES if with_baselines else ():
         filled = {key: getattr(baselines, name)(d.heldout.true, d.heldout.batch.mask) for key, d in domains.items()}
         scores = {key: d.score(filled[key])["metrics"] for key, d in domains.items()}
@@ -112,6 +120,15 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     write_table(rows, out / "table.csv", out / "table.md")
     write_whole(out / "scores.json", json.dumps(table, indent=1))
     return out / "scores.json"
+
+
+def _save_sheet(path: Path, domain: Domain, pictures: Tensor, count: int = 64, columns: int = 16) -> None:
+    """Some of the held-out pictures, evenly spread, to be looked at: three rows each of input, drawn and truth."""
+    batch = domain.heldout.batch
+    columns = min(columns, len(batch))
+    shown = np.linspace(0, len(batch) - 1, min(count, len(batch)) // columns * columns).round().astype(int)
+    kinds = (mask_out(batch.image, batch.mask), pictures * 2 - 1, batch.image)
+    save_grid(path, [kind[list(part)] for part in shown.reshape(-1, columns) for kind in kinds])
 
 
 def _runs(name: str, results: dict[tuple[str, int], dict[str, Any]]) -> dict[int, Any]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.loop import pick_device
-from refine_control.distill.teacher import open_pictures
+from refine_control.distill.teacher import check_resolution, open_pictures
+from refine_control.errors import DataError
 from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
@@ -45,8 +48,15 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     """The held-out sets of a recipe: 'labelled', and 'unlabelled' where there is one."""
     extractors = [efficientnet_lite0(), *(standard(kind, path) for kind, path in config.standard.items())]
     domains = {}
-    for name, pictures in zip(("labelled", "unlabelled"), open_pictures(data, config.split, variants=1), strict=True):
-        if pictures is not None:
+    tested = open_pictures(data, config.split, variants=1)
+    for name, pictures, trained in zip(("labelled", "unlabelled"), tested, open_pictures(data), strict=True):
+        if pictures is not None and trained is not None:
+            if set(pictures.dataset.files()) & set(trained.dataset.files()):
+                print(
+                    f"refine-control: '{getattr(data, name)}' has no split '{config.split}' of its own: "
+                    "these scores are of pictures that were trained on",
+                    file=sys.stderr,
+                )
             heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
             references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
             domains[name] = Domain(heldout, references)
@@ -73,6 +83,7 @@ def evaluate_model(
         if result["settings"] == settings:
             return result
     model = load(name, pick_device(recipe.run.device), controlnets).freeze()
+    check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
     result = {"settings": settings, "cost": {"params": counted.parameters, "macs": counted.macs}, "domains": {}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +91,10 @@ def evaluate_model(
     for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
         pictures[domain_name] = domain.heldout.draw(model, recipe.sample)
         result["domains"][domain_name] = domain.score(pictures[domain_name])
-    save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
+    try:
+        save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise DataError(f"cannot write to '{folder}': {error}; make room, then run the same command") from None
     write_whole(kept, json.dumps(result))
     return result
 

@@ -15,6 +15,7 @@ from refine_control.data.batch import Batch, derive_seed
 from refine_control.data.loader import Pictures, make_batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.sample import fill
+from refine_control.errors import DataError
 from refine_control.recipe import EvaluateConfig, MaskConfig, SampleConfig
 from refine_control.student.plan import probe
 
@@ -34,6 +35,9 @@ class HeldOut:
         count = min(config.images, pictures.examples)
         rows = np.linspace(0, pictures.examples - 1, count).round().astype(int).tolist()
         examples = [pictures[row] for row in rows]
+        for example in examples:
+            if example.mask is not None and not example.mask.any():
+                raise DataError(f"{example.key}: its mask is black all over; paint white what is to be filled")
         seed = derive_seed("held-out", config.seed)
         return cls(
             name,

@@ -214,7 +214,7 @@ def _read(path: Path) -> Stage:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     terms: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        for name in line.keys() - {"step", "lr", "seconds"}:
+        for name in line.keys() - {"step", "lr", "seconds", "waited"}:
             if _finite(line[name]) is not None:
                 terms.setdefault(name, []).append((line["step"], line[name]))
     return max((line["step"] for line in lines), default=0), terms

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from refine_control.distill.distil import Distiller
 from refine_control.errors import RecipeError
 from refine_control.files import write_whole
-from refine_control.recipe import DistilRecipe, LossWeights, claim, learnt, load
+from refine_control.recipe import DistilRecipe, LossWeights, learnt, load
 
 TASK_ONLY = LossWeights(task=1)
 
@@ -46,11 +46,9 @@ def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, f
 
     Rows of a comparison that begin alike share their first stage: it is computed once.
     """
-    if row not in ROWS:
-        raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
     varied = distiller.pinned(ROWS[row](recipe).model_copy(update={"seed": seed, "output_dir": str(folder)}))
     done = folder / "done.json"
-    claim(varied, folder)
+    distiller.claim(varied, folder)
     if done.is_file():
         return folder / "student"
     _share_stage1(varied, folder)
@@ -59,16 +57,29 @@ def train_row(distiller: Distiller, recipe: DistilRecipe, row: str, seed: int, f
     return student
 
 
+def check_rows(rows: Sequence[str]) -> None:
+    """Raises RecipeError for a name that is no row, before anything is trained."""
+    for row in rows:
+        if row not in ROWS:
+            raise RecipeError(f"no row '{row}'; there are: {', '.join(ROWS)}")
+
+
 def _share_stage1(recipe: DistilRecipe, folder: Path) -> None:
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
     finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
     for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
         theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
-        if learnt(theirs) == learnt(recipe) and (begun.parent / finished).is_dir() and not (folder / "stage1").exists():
+        alike = learnt(theirs) == learnt(recipe) and _contents(begun.parent) == _contents(folder)
+        if alike and (begun.parent / finished).is_dir() and not (folder / "stage1").exists():
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(begun.parent / "stage1", aside)
             aside.rename(folder / "stage1")
+
+
+def _contents(folder: Path) -> str:
+    path = folder / "contents.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def wall_seconds(folder: Path) -> float:

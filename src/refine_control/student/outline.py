@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from refine_control.diffusion import hub, store
-from refine_control.diffusion.build import build_outline
+from refine_control.diffusion.build import build_outline, build_text_outline
 from refine_control.diffusion.model import Model
 from refine_control.errors import ModelError
 
 
 def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
-    """A teacher whose networks lie on the meta device; it plans, but it cannot run, and has no text encoder.
+    """A teacher whose networks lie on the meta device; it plans, but it cannot run.
 
     Args:
         name: a saved pipeline's folder, zoo:NAME, or org/repo@REVISION on the hub, of which only configs are read.
@@ -26,16 +26,17 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
     """
     folder = str(store.resolve(name)) if name.startswith("zoo:") else name
     own = _own_controlnets(folder) if not controlnets else []
-    configs = {part: _config(folder, part) for part in ("unet", "vae", "text_encoder")}
+    configs = {part: _config(folder, part) for part in ("unet", "vae")}
+    second = [_config(folder, "text_encoder_2")] if configs["unet"].get("addition_embed_type") else []
+    texts = [_config(folder, "text_encoder"), *second]
     nets = [_config(net, "") for net in controlnets] or [_config(folder, part) for part in own]
     try:
         denoiser, vae = build_outline(configs["unet"], nets, configs["vae"])
-        length = configs["text_encoder"]["max_position_embeddings"]
+        encoders = [build_text_outline(config) for config in texts]
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"the configs of '{name}' make no network: {' '.join(str(error).split())[:300]}") from None
-    nothing: Any = None
-    tokenizer: Any = SimpleNamespace(model_max_length=length)
-    return Model(denoiser, vae, nothing, tokenizer, scheduler={})
+    tokenizer: Any = SimpleNamespace(model_max_length=encoders[0].config.max_position_embeddings)
+    return Model(denoiser, vae, encoders[0], tokenizer, {}, *encoders[1:])
 
 
 def _own_controlnets(folder: str) -> list[str]:

@@ -52,7 +52,7 @@ def build_student(plan: DenoiserPlan | StudentName, teacher: Model) -> Denoiser:
 
 def cost(denoiser: Denoiser, teacher: Model) -> Cost:
     """Counts on the meta device: nothing is computed, so the largest model takes a second."""
-    twin = _on_meta(denoiser)
+    twin = on_meta(denoiser)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*probe(teacher, "meta"))
 
@@ -105,7 +105,8 @@ def probe(model: Model, device: str | torch.device = "cpu") -> tuple[Tensor, Ten
     )
 
 
-def _on_meta(denoiser: Denoiser) -> Denoiser:
+def on_meta(denoiser: Denoiser) -> Denoiser:
+    """A twin by its configs, without contents."""
     with torch.device("meta"):
         foundation = type(denoiser.foundation).from_config(denoiser.foundation.config)
         nets = [type(net).from_config(net.config) for net in denoiser.nets]
