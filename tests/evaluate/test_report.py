@@ -35,6 +35,14 @@ def rows() -> list[Row]:
     ]
 
 
+def test_the_spread_over_seeds_stands_below_a_score(data: ReportData, tmp_path: Path) -> None:
+    spread = {"labelled": {METRICS[0]: {"whole": 0.1234, "hole": None}}}
+    write_report(replace(data, rows=[*data.rows[:-1], replace(data.rows[-1], spread=spread)]), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<small>± ") == 1
+    assert "<small>± 0.12</small>" in page
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> ReportData:
     stages = [

@@ -180,7 +180,16 @@ def _row(
 ) -> Row:
     figures = {key: cost.get(key) for key in ("params", "macs", "latency_ms")}
     label = LABELS.get(name, name)
-    return Row(name=name, label=label, scores=scores, **figures, wall_seconds=wall_seconds, steps=steps, drawn=pictures)
+    return Row(
+        name=name,
+        label=label,
+        scores=scores,
+        **figures,
+        wall_seconds=wall_seconds,
+        steps=steps,
+        drawn=pictures,
+        spread=cost.get("spread", {}),
+    )
 
 
 def _report(

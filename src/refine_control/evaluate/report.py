@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Row:
     scores: domain -> {metric: {"whole": x, "hole": y}}, as `score` returns under "metrics".
     macs: of one forward; latency_ms: of the same forward; wall_seconds and steps: of the training.
     drawn: domain -> (N, 3, H, W) in [0, 1], in the order of the true pictures.
+    spread: like scores, standard deviations over the seeds, None for one seed.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     wall_seconds: float | None
     steps: int | None
     drawn: dict[str, Tensor]
+    spread: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _columns(rows: Sequence[Row], domain: str, metrics_of: Iterable[str]) -> lis
     for name in {metric: None for one in metrics_of for row in rows for metric in row.scores.get(one, {})}:
         for region in _REGIONS:
             values = [_finite(row.scores.get(domain, {}).get(name, {}).get(region)) for row in rows]
-            columns.append(_column(rows, name, region, values, 1, [""] * len(rows)))
+            spreads = [row.spread.get(domain, {}).get(name, {}).get(region) for row in rows]
+            smalls = ["" if spread is None else f"± {spread:.2g}" for spread in spreads]
+            columns.append(_column(rows, name, region, values, 1, smalls))
     steps = ["" if row.steps is None else f"{row.steps:,} steps" for row in rows]
     for key, (_, unit, scale) in _COSTS.items():
         values = [_finite(getattr(row, key)) for row in rows]
