@@ -93,6 +93,12 @@ def main() -> None:
         rows = {Path(k).name if "/" in k else k: v["domains"] for k, v in gate.items() if "domains" in v}
         for domain in next(iter(rows.values())):
             lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
+    if student := read("emoji-student/scores.json"):
+        lines += ["## The embedded student beside its teacher", ""]
+        lines += ["`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`", "", "One seed, no spread.", ""]
+        rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
+        for domain in next(iter(rows.values())):
+            lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
     if demo := read("demo/scores.json"):
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):
