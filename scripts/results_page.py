@@ -41,6 +41,14 @@ def table(rows: dict[str, dict[str, Any]], spread: dict[str, Any] | None = None)
     return [*lines, ""]
 
 
+def by_domain(rows: dict[str, dict[str, Any]], heading: str = "{}:") -> list[str]:
+    """rows: name -> domain -> {metric: {"whole", "hole"}}; one table for each domain below its heading."""
+    lines = []
+    for domain in next(iter(rows.values())):
+        lines += [heading.format(domain), "", *table({name: domains[domain] for name, domains in rows.items()})]
+    return lines
+
+
 def duels(runs: dict[str, Any], rivals: list[str]) -> list[str]:
     """refine-control minus each control in the hole, seed by seed."""
     ours = runs["refine-control"]
@@ -91,14 +99,12 @@ def main() -> None:
         lines += ["## The embedded teacher against classical inpainting", ""]
         lines += ["`refine-control evaluate MODEL --baselines`", ""]
         rows = {Path(k).name if "/" in k else k: v["domains"] for k, v in gate.items() if "domains" in v}
-        for domain in next(iter(rows.values())):
-            lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
+        lines += by_domain(rows)
     if student := read("emoji-student/scores.json"):
         lines += ["## The embedded student beside its teacher", ""]
         lines += ["`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`", "", "One seed, no spread.", ""]
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
-        for domain in next(iter(rows.values())):
-            lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
+        lines += by_domain(rows)
     if demo := read("demo/scores.json"):
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):

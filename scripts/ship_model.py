@@ -19,7 +19,7 @@ import yaml
 
 from refine_control.diffusion.store import ZOO, load, save
 from refine_control.evaluate.compare import BASELINES
-from results_page import table
+from results_page import by_domain
 
 HEADER = """---
 license: apache-2.0
@@ -55,10 +55,7 @@ def training_line(run: Path, batch_sizes: dict[str, int]) -> str:
 def score_table(scores: dict[str, Any]) -> list[str]:
     rows = {name: entry["domains"] for name, entry in scores.items() if "domains" in entry}
     rows = {Path(name).name if "/" in name else name: domains for name, domains in rows.items()}
-    lines = []
-    for domain in next(iter(rows.values())):
-        lines += [f"### {domain}", "", *table({name: domains[domain] for name, domains in rows.items()})]
-    return lines
+    return by_domain(rows, "### {}")
 
 
 def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:

@@ -63,6 +63,12 @@ class Bridges(nn.Module):
         )
         self.norms = nn.ModuleDict({_key(target): Norm(teacher[target][0]) for target in self.teacher_points})
 
+    @classmethod
+    def between(cls, alignment: str | Mapping[str, str], student: Shapes, teacher: Shapes) -> Bridges:
+        """By a recipe's `alignment`: 'auto', or student point -> teacher point."""
+        mapping = automatic_map(student, teacher) if isinstance(alignment, str) else alignment
+        return cls(mapping, student, teacher)
+
     @property
     def teacher_points(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.mapping.values()))

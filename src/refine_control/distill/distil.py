@@ -20,7 +20,7 @@ from refine_control.diffusion.cache import EncoderCache, caption_ids, digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
-from refine_control.distill.alignment import Bridges, automatic_map
+from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import pick_device, set_threads, train
 from refine_control.distill.preview import Preview
 from refine_control.distill.stages import Distillation, teacher_features
@@ -95,8 +95,7 @@ class Distiller:
                 network.enable_gradient_checkpointing()
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
-        mapping = automatic_map(ours, theirs) if recipe.alignment == "auto" else recipe.alignment
-        bridges = Bridges(mapping, ours, theirs).to(self.teacher.device)
+        bridges = Bridges.between(recipe.alignment, ours, theirs).to(self.teacher.device)
         if recipe.stage1.weights.feature or recipe.stage2.weights.feature:
             self._measure(bridges, recipe)
         return student, bridges

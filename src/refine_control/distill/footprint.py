@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.taps import Taps, feature_shapes
 from refine_control.diffusion.text import Text
-from refine_control.distill.alignment import Bridges, automatic_map
+from refine_control.distill.alignment import Bridges
 from refine_control.distill.losses import feature_loss
 from refine_control.recipe import DistilRecipe
 from refine_control.student.plan import build_student, cost, on_meta, plan_cost, probe
@@ -127,8 +127,7 @@ def _bridges(recipe: DistilRecipe, student: Denoiser, teacher: Model) -> Bridges
         return None
     ours = feature_shapes(student, probe(teacher))
     theirs = feature_shapes(on_meta(teacher.denoiser), probe(teacher, "meta"))
-    mapping = automatic_map(ours, theirs) if recipe.alignment == "auto" else recipe.alignment
-    return Bridges(mapping, ours, theirs)
+    return Bridges.between(recipe.alignment, ours, theirs)
 
 
 def _repeated(inputs: Any, rows: int) -> Any:

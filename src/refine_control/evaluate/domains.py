@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from refine_control.data.source import open_dataset
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.loop import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
@@ -49,9 +50,9 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     extractors = [efficientnet_lite0(), *(standard(kind, path) for kind, path in config.standard.items())]
     domains = {}
     tested = open_pictures(data, config.split, variants=1)
-    for name, pictures, trained in zip(("labelled", "unlabelled"), tested, open_pictures(data), strict=True):
-        if pictures is not None and trained is not None:
-            if set(pictures.dataset.files()) & set(trained.dataset.files()):
+    for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
+        if pictures is not None:
+            if set(pictures.dataset.files()) & set(open_dataset(getattr(data, name)).files()):
                 print(
                     f"refine-control: '{getattr(data, name)}' has no split '{config.split}' of its own: "
                     "these scores are of pictures that were trained on",
