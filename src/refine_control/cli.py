@@ -166,7 +166,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from refine_control import recipe
     from refine_control.diffusion.generate import generate
-    from refine_control.distill.loop import pick_device
+    from refine_control.distill.processes import pick_device
 
     flags = {name: _plain(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
     config = recipe.validate(recipe.SampleConfig, flags, "command line")

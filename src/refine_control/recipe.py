@@ -100,11 +100,14 @@ class StageConfig(Config):
 
 
 class RunConfig(Config):
-    """How to run, never what to learn: changing these changes no result beyond float rounding."""
+    """How to run, never what to learn: changing these changes no result beyond rounding, of floats or to 8 bits."""
 
     device: str = "auto"
     num_threads: PositiveInt | None = None  # default: the cores we may use
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    use_8bit_adam: bool = False  # the optimiser's moments in 8 bits, needs bitsandbytes
+    shard: bool = False  # weights, gradients, moments and averages spread over the processes (FSDP)
+    compile: bool = False  # torch.compile the transformer blocks: minutes at the start, then faster on a GPU
     teacher_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the teacher's weights: half the memory, less time
     gradient_checkpointing: bool = False  # the student's activations are computed twice instead of kept
     gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch

@@ -16,7 +16,9 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
-from refine_control.distill.loop import Losses, learning_rate, pick_device, refuse_processes, set_threads, train
+from refine_control.distill.loop import Losses, train
+from refine_control.distill.optimizer import learning_rate
+from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.distill.stages import Distillation
 from refine_control.errors import RecipeError, UserError
 from refine_control.recipe import RunConfig

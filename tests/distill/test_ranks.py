@@ -1,6 +1,7 @@
 """Two processes that share a batch learn what one process learns of the whole batch (gloo, as launched by torchrun)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,16 +34,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "recipe.yaml"
 
 
-def distil(recipe: Path, processes: int, *flags: str, differing: bool = False) -> subprocess.CompletedProcess[str]:
-    """`differing`: each process gets a seed of its own."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = ["-m", "refine_control", "distill", str(recipe), *flags]
-    if differing:
-        script = recipe.parent / "differing.sh"
-        script.write_text(f"exec {sys.executable} {' '.join(command)} --seed $RANK\n")
-        launch, command = [*launch, "--no-python", "sh"], [str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=240)
+def launch(processes: int, *command: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    # Without the second, processes that are started again read the addresses of the dead ones (pytorch issue 135712).
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run(
+        [*torchrun, f"--max-restarts={restarts}", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def distil(recipe: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    return launch(processes, "-m", "refine_control", "distill", str(recipe), *flags)
 
 
 def weights(student: Path) -> dict[str, torch.Tensor]:
@@ -54,11 +60,16 @@ def weights(student: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_two_processes_end_where_one_does(recipe: Path, tmp_path: Path) -> None:
-    for processes in (1, 2):
-        done = distil(recipe, processes, "--output_dir", str(tmp_path / str(processes)))
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (weights(tmp_path / str(n) / "student") for n in (1, 2))
+@pytest.fixture(scope="module")
+def one(recipe: Path) -> dict[str, torch.Tensor]:
+    """What one process learns of the whole batch."""
+    done = distil(recipe, 1, "--output_dir", str(recipe.parent / "one"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return weights(recipe.parent / "one" / "student")
+
+
+def assert_learnt_the_same(recipe: Path, one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """Far closer to each other than to where they began."""
     loaded = recipes.load(DistilRecipe, recipe)
     student, _ = Distiller(loaded.teacher, loaded.data, loaded.run).fresh_student(loaded)
     start = {f"unet.{key}": value for key, value in student.foundation.state_dict().items()}
@@ -68,8 +79,90 @@ def test_two_processes_end_where_one_does(recipe: Path, tmp_path: Path) -> None:
         assert (two[key] - one[key]).norm() < 0.02 * (one[key] - value).norm(), key
 
 
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_end_where_one_does(
+    recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path, shard: str
+) -> None:
+    done = distil(recipe, 2, "--output_dir", str(tmp_path), "--run.shard", shard)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_learnt_the_same(recipe, one, weights(tmp_path / "student"))
+
+
+DIES_ONCE = """
+import os, sys, threading, time
+from pathlib import Path
+
+def die_after_the_first_checkpoint():
+    while not list(Path(sys.argv[-1]).glob("stage1/checkpoints/step-000002/state.json")):
+        time.sleep(0.001)
+    os._exit(9)
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    threading.Thread(target=die_after_the_first_checkpoint, daemon=True).start()
+
+from refine_control.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_process_that_dies_is_started_again_and_nothing_is_lost(
+    recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """torchrun's elasticity: it starts all processes anew, and they go on from the last checkpoint."""
+    script, run = tmp_path / "dies_once.py", tmp_path / "run"
+    script.write_text(DIES_ONCE)
+    done = launch(2, str(script), "distill", str(recipe), "--output_dir", str(run), restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"exitcode *: *9", done.stderr), "the process did die"
+    assert_learnt_the_same(recipe, one, weights(run / "student"))
+
+
+def test_what_two_sharded_processes_began_one_may_finish(
+    recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    script, run = tmp_path / "dies_once.py", tmp_path / "run"
+    script.write_text(DIES_ONCE)
+    begun = launch(2, str(script), "distill", str(recipe), "--run.shard", "true", "--output_dir", str(run))
+    assert begun.returncode != 0
+    assert not (run / "student").exists()
+    done = distil(recipe, 1, "--output_dir", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_learnt_the_same(recipe, one, weights(run / "student"))
+
+
+HALVES = """
+import torch
+from accelerate import PartialState
+from refine_control.distill.processes import sharded, whole
+from tiny import STUDENT, tiny_denoiser
+
+PartialState(cpu=True)
+given = tiny_denoiser(STUDENT)
+twin = sharded(given)
+for ours, theirs in zip(twin.parameters(), given.parameters(), strict=True):
+    assert torch.equal(whole(ours), theirs)
+here = sum(p.to_local().numel() for p in twin.parameters())
+print("share", here / sum(p.numel() for p in given.parameters()))
+"""
+
+
+def test_sharded_weights_lie_half_in_each_of_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "halves.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{HALVES}")
+    done = launch(2, str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("share")]
+    assert len(shares) == 2
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) < 0.6
+
+
 def test_processes_with_different_recipes_stop(recipe: Path, tmp_path: Path) -> None:
-    done = distil(recipe, 2, "--output_dir", str(tmp_path), differing=True)
+    script = tmp_path / "differing.sh"
+    script.write_text(
+        f"exec {sys.executable} -m refine_control distill {recipe} --output_dir {tmp_path}/run --seed $RANK\n"
+    )
+    done = launch(2, "--no-python", "sh", str(script))
     assert done.returncode != 0
     assert "processes 0 and 1 were given different recipes; start all with the same file and flags" in done.stderr
-    assert not (tmp_path / "recipe.yaml").exists()
+    assert not (tmp_path / "run" / "recipe.yaml").exists()

@@ -21,8 +21,9 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
-from refine_control.distill.loop import pick_device, set_threads, train
+from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
+from refine_control.distill.processes import pick_device, set_threads
 from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.distill.teacher import check_resolution, contents, open_pictures
 from refine_control.errors import RecipeError

@@ -19,9 +19,10 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
 from refine_control.distill.draw import draw
-from refine_control.distill.loop import Losses, pick_device, refuse_processes, set_threads, train
+from refine_control.distill.loop import Losses, train
 from refine_control.distill.losses import task_loss
 from refine_control.distill.preview import Preview, save_grid
+from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.errors import DataError, ModelError
 from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, claim
 

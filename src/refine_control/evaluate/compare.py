@@ -20,8 +20,8 @@ from torch import Tensor
 from refine_control import __version__
 from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller, with_known_commits
-from refine_control.distill.loop import refuse_processes, set_threads
 from refine_control.distill.preview import mask_out, save_grid
+from refine_control.distill.processes import refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from refine_control.data.source import open_dataset
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
-from refine_control.distill.loop import pick_device
+from refine_control.distill.processes import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
 from refine_control.errors import DataError
 from refine_control.evaluate.features import efficientnet_lite0, standard
