@@ -87,6 +87,7 @@ def test_compare_scores_every_row_and_runs_again_from_what_is_there(workplace: P
     assert main(argv) == 0
     again = json.loads((tmp_path / "scores.json").read_text())
     assert (weights.stat().st_mtime_ns, again["refine-control"]["psnr"]) == before
+    assert again["teacher"]["latency_ms"] == scores["teacher"]["latency_ms"], "measured once"
 
 
 def test_evaluate_ranks_models_and_baselines_alike(workplace: Path, tmp_path: Path) -> None:
@@ -132,6 +133,18 @@ def test_corrupt_pictures_are_listed_and_skipped_only_on_request(
     assert "3.png" in refused(capsys, *argv, "--output_dir", str(tmp_path / "strict"))
     assert main([*argv, "--output_dir", str(tmp_path / "lenient"), "--data.skip_corrupt", "true"]) == 0
     assert "skipped:" in capsys.readouterr().err
+    prepare = ("data", "prepare", str(folder), "--out", str(tmp_path / "shards"), "--resolution", "16")
+    assert "3.png" in refused(capsys, *prepare)
+    assert main([*prepare, "--skip_corrupt"]) == 0
+    assert main(["data", "check", str(tmp_path / "shards")]) == 0
+    assert "train: 5 pictures, 5 with captions, 0 cannot be used" in capsys.readouterr().out
+
+
+def test_a_check_takes_all_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        tiny.write_folder(tmp_path / split, count)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert [line.split(" pictures")[0] for line in capsys.readouterr().out.splitlines()] == ["train: 3", "test: 2"]
 
 
 def test_plan_names_the_cost_before_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +241,14 @@ def test_scores_of_pictures_that_were_trained_on_are_called_so(
     argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml")]
     assert main([*argv, "--output_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("pictures that were trained on") == 2
+
+
+def test_a_mask_without_a_hole_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
+    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
+    files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
+    line = refused(capsys, "generate", "--model", str(workplace / "teacher"), *files, "--out", str(tmp_path / "o.png"))
+    assert "has no white at 16x16" in line
 
 
 def test_mask_of_another_size_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ import yaml
 from refine_control.command import command, flag, parser, split_overrides
 from refine_control.errors import UserError
 
-RECIPE = flag("recipe", type=Path)
+RECIPE = flag("recipe", type=Path, help="a YAML file; the shipped ones are in recipes/")
+SEEDS = "of the training: whole numbers with commas between"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # a full disk, a folder we may not write to
         place = error.filename or "disk"
-        print(f"refine-control: {error.strerror or error}: {place}; mend it, then run it again", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"refine-control: {reason}: {place}; make room or choose another place", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nrefine-control: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -57,7 +59,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     "demo",
     "Distil the embedded teacher, train scratch beside it, write a report.",
     ["", "--output_dir /tmp/demo"],
-    [flag("--recipe", type=Path, default=Path("recipes/demo.yaml")), flag("--seeds", default="0")],
+    [
+        flag("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="what is trained and scored"),
+        flag("--seeds", default="0", help=SEEDS),
+    ],
     takes_overrides=True,
 )
 def _demo(args: argparse.Namespace) -> None:
@@ -71,8 +76,12 @@ def _demo(args: argparse.Namespace) -> None:
     ["recipes/demo.yaml --rows scratch,teacher-weights,refine-control --seeds 0,1,2"],
     [
         RECIPE,
-        flag("--rows", default="scratch,teacher-weights,stage1-continued,refine-control"),
-        flag("--seeds", default="0,1,2"),
+        flag(
+            "--rows",
+            default="scratch,teacher-weights,stage1-continued,refine-control",
+            help="what to compare, with commas between; plain-rows-without-task is there too",
+        ),
+        flag("--seeds", default="0,1,2", help=SEEDS),
     ],
     takes_overrides=True,
 )
@@ -83,9 +92,8 @@ def _compare(args: argparse.Namespace) -> None:
     if "seed" in args.overrides:
         raise UserError("--seed: rows are compared over several seeds; give --seeds 5, or --seeds 0,1,2")
     loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
-    report = compare(loaded, args.rows.split(","), [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")])
-    print((report.parent / "table.md").read_text(encoding="utf-8"))
-    print(f"report: {report}\nscores: {report.parent / 'scores.json'}")
+    table = compare(loaded, args.rows.split(","), [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")])
+    print(f"\n{table}\nreport: {loaded.output_dir}/report.html\nscores: {loaded.output_dir}/scores.json")
 
 
 @command(
@@ -128,10 +136,13 @@ def _distill(args: argparse.Namespace) -> None:
 @command(
     "evaluate",
     "Score saved models on held-out pictures, with classical inpainting beside them.",
-    ["zoo:emoji-teacher runs/mine/student --baselines --output_dir runs/evaluate"],
+    [
+        "zoo:emoji-teacher runs/mine/student --baselines",
+        "runs/mine/student --recipe runs/mine/recipe.yaml --output_dir runs/mine/scores",
+    ],
     [
         flag("models", nargs="+", metavar="MODEL", help="a saved pipeline's folder, or zoo:NAME"),
-        flag("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="names data, masks and sampler"),
+        flag("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="names pictures, masks and sampler"),
         flag("--baselines", action="store_true", help="mean colour, Telea, Navier-Stokes, biharmonic too"),
     ],
     takes_overrides=True,
@@ -141,9 +152,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from refine_control.evaluate.compare import evaluate
 
     args.overrides.setdefault("output_dir", "runs/evaluate")
-    path = evaluate(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides), args.models, args.baselines)
-    print((path.parent / "table.md").read_text(encoding="utf-8"))
-    print(f"scores: {path}")
+    loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
+    print(f"\n{evaluate(loaded, args.models, args.baselines)}\nscores: {loaded.output_dir}/scores.json")
 
 
 @command(
@@ -151,16 +161,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     "Fill the white part of a mask in one picture.",
     ["--model zoo:emoji-teacher --image face.png --mask hole.png --prompt 'flat cat face' --out filled.png"],
     [
-        flag("--model", default="zoo:emoji-teacher"),
-        flag("--image", type=Path, required=True),
+        flag("--model", default="zoo:emoji-teacher", help="a saved pipeline's folder, or zoo:NAME"),
+        flag("--image", type=Path, required=True, help="brought to the model's resolution; the square in its middle"),
         flag("--mask", type=Path, required=True, help="white where to fill, of the picture's size"),
-        flag("--prompt", default=""),
-        flag("--out", type=Path, default=Path("filled.png")),
+        flag("--prompt", default="", help="what to fill in"),
+        flag("--out", type=Path, default=Path("filled.png"), help="the picture that is written"),
         flag("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey"),
-        flag("--num_inference_steps", default="10"),
-        flag("--guidance_scale", default="2.0"),
-        flag("--seed", default="0"),
-        flag("--device", default="auto"),
+        flag("--num_inference_steps", default="10", help="of the sampler, DDIM"),
+        flag("--guidance_scale", default="2.0", help="1 asks the model once a step, more asks it twice"),
+        flag("--seed", default="0", help="of the noise"),
+        flag("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
     ],
 )
 def _generate(args: argparse.Namespace) -> None:
@@ -171,8 +181,9 @@ def _generate(args: argparse.Namespace) -> None:
     flags = {name: _plain(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
     config = recipe.validate(recipe.SampleConfig, flags, "command line")
     kinds = recipe.validate(recipe.DataConfig, {"controls": args.controls.split(",")}, "command line").controls
-    generate(args.model, args.image, args.mask, args.prompt, args.out, config, str(pick_device(args.device)), kinds)
-    print(f"wrote {args.out}")
+    device = str(pick_device(args.device))
+    side = generate(args.model, args.image, args.mask, args.prompt, args.out, config, device, kinds)
+    print(f"wrote {args.out}, {side}x{side}: the model's resolution")
 
 
 @command(
@@ -182,32 +193,35 @@ def _generate(args: argparse.Namespace) -> None:
     [
         flag("action", choices=["check", "prepare"]),
         flag("folder", type=Path),
-        flag("--split", default="train"),
+        flag("--split", help="train, val or test; by default check takes all there are, prepare takes train"),
         flag("--out", type=Path, help="prepare: where the shards go"),
         flag("--resolution", type=int, default=64, help="prepare: pixels a side"),
         flag("--fit", choices=["crop", "pad"], default="crop", help="prepare: how a picture becomes square"),
+        flag("--skip_corrupt", action="store_true", help="prepare: leave out, and list, what cannot be used"),
     ],
 )
 def _data(args: argparse.Namespace) -> None:
     from refine_control.data.prepare import prepare
-    from refine_control.data.source import check, open_dataset
+    from refine_control.data.source import check, open_dataset, splits_of
 
     if args.action == "prepare":
         if args.out is None:
             raise UserError("data prepare needs --out FOLDER for the shards")
-        for path in prepare(args.folder, args.out, args.split, args.resolution, args.fit):
+        for path in prepare(args.folder, args.out, args.split or "train", args.resolution, args.fit, args.skip_corrupt):
             print(path)
         return
-    dataset = open_dataset(args.folder, args.split)
-    faults = check(dataset)
-    for _, reason in faults:
-        print(reason)
-    captions = sum(dataset.text(i) is not None for i in range(len(dataset)))
-    print(f"{len(dataset)} pictures, {captions} with captions, {len(faults)} cannot be used")
-    if faults:
-        raise UserError(
-            f"{len(faults)} of {len(dataset)} pictures cannot be used; replace them or set data.skip_corrupt"
-        )
+    unusable = total = 0
+    for split in [args.split] if args.split else splits_of(args.folder):
+        dataset = open_dataset(args.folder, split, lenient=True)
+        lines = getattr(dataset, "faults", [])
+        faults = [*lines, *(reason for _, reason in check(dataset))]
+        for reason in faults:
+            print(reason)
+        captions, pictures = sum(dataset.text(i) is not None for i in range(len(dataset))), len(dataset) + len(lines)
+        print(f"{split}: {pictures} pictures, {captions} with captions, {len(faults)} cannot be used")
+        unusable, total = unusable + len(faults), total + pictures
+    if unusable:
+        raise UserError(f"{unusable} of {total} pictures cannot be used; replace them, or skip_corrupt leaves them out")
 
 
 @command(

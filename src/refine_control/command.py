@@ -42,6 +42,14 @@ def command(
     return register
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the examples as they are written, and every default that is something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, "", [], False) and action.option_strings
+        return super()._get_help_string(action) if shown else action.help
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line without its overrides, and these: every `--key value` that is no flag of the command."""
     name = next((word for word in words if not word.startswith("-")), None)
@@ -78,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
             help=each.help,
             description=each.help,
             epilog="examples:\n" + each.examples + (f"\n\n{OVERRIDES}" if each.takes_overrides else ""),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         added.set_defaults(run=each.run, takes_overrides=each.takes_overrides)

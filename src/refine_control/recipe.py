@@ -107,7 +107,7 @@ class RunConfig(Config):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     use_8bit_adam: bool = False  # the optimiser's moments in 8 bits, needs bitsandbytes
     shard: bool = False  # weights, gradients, moments and averages spread over the processes (FSDP)
-    compile: bool = False  # torch.compile the transformer blocks: minutes at the start, then faster on a GPU
+    compile: bool = False  # torch.compile the layers that repeat: minutes at the start, then faster on a GPU
     teacher_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the teacher's weights: half the memory, less time
     gradient_checkpointing: bool = False  # the student's activations are computed twice instead of kept
     gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch
@@ -116,6 +116,12 @@ class RunConfig(Config):
     log_every: PositiveInt = 20
     grad_norm_every: PositiveInt = 200
     preview_every: PositiveInt = 500
+
+    @model_validator(mode="after")
+    def _shards_are_plain(self) -> RunConfig:
+        if self.shard and (self.use_8bit_adam or self.compile):
+            raise ValueError("use_8bit_adam and compile do not work on sharded weights; set them, or shard, to false")
+        return self
 
 
 class SampleConfig(Config):
@@ -184,14 +190,14 @@ def load(kind: type[R], path: str | Path, overrides: dict[str, str] | None = Non
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at '{path}'; the shipped ones are in recipes/") from None
+        raise RecipeError(f"no recipe at '{path}'; the shipped ones are in the clone's folder recipes/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
     for key, text in (overrides or {}).items():
         _override(tree, key, text)
-    return validate(kind, tree, str(path))
+    return validate(kind, tree, f"recipe '{path}'")
 
 
 def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
@@ -207,8 +213,9 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
         elif first["type"] == "missing":
             reason = f"'{key}' is missing"
         else:
-            reason = f"'{key}' = {first['input']!r}: {first['msg']}"
-        raise RecipeError(f"recipe '{origin}': {reason}") from None
+            given = repr(first["input"])
+            reason = f"'{key}' = {given if len(given) <= 80 else given[:76] + ' ...'}: {first['msg']}"
+        raise RecipeError(f"{origin}: {reason}") from None
 
 
 def save(config: Config, path: Path) -> None:

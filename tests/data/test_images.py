@@ -194,12 +194,20 @@ def test_other_formats_are_refused() -> None:
         (Image.new("1", (2, 2), 1), 1),
         (Image.new("RGB", (2, 2), (255, 255, 255)), 1),
         (Image.new("RGB", (2, 2), (0, 0, 255)), 0),  # blue is dark
-        (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), 1),  # over white, as every picture
+        (Image.new("RGBA", (2, 2), (255, 255, 255, 255)), 1),
         (Image.fromarray(np.full((2, 2), 65535, np.uint16)), 1),
     ],
 )
 def test_mask_of_any_mode(mask: Image.Image, expected: int) -> None:
     assert read_mask(saved(mask)).tolist() == [[expected] * 2] * 2
+
+
+def test_a_mask_with_transparent_parts_is_refused() -> None:
+    """Is the hole what is transparent, or what is white? Over white, as a picture, it would be inverted."""
+    mask = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    mask.putpixel((0, 0), (0, 0, 0, 255))
+    with pytest.raises(DataError, match="transparent in places; save it without transparency, white where to fill"):
+        read_mask(saved(mask))
 
 
 def test_mask_threshold_is_above_127() -> None:

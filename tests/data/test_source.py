@@ -9,7 +9,7 @@ from refine_control.data.example import Example
 from refine_control.data.folders import FolderDataset
 from refine_control.data.images import encode_png
 from refine_control.data.shards import ShardDataset, write_shards
-from refine_control.data.source import check, open_dataset
+from refine_control.data.source import check, open_dataset, splits_of
 from refine_control.errors import DataError
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -18,6 +18,28 @@ IMAGE = np.zeros((4, 4, 3), np.uint8)
 def put(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(IMAGE))
+
+
+def test_every_fault_of_the_metadata_is_listed_and_the_first_stops_training(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    lines = ['{"file_name": "a.png"}', "{broken", '{"file_name": "../b.png"}', '{"file_name": "c.png"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2: not JSON .* \(and 2 more: data check lists them\)"):
+        open_dataset(tmp_path)
+    dataset = open_dataset(tmp_path, lenient=True)
+    assert dataset.keys() == ["a.png"]
+    assert [reason.split(": ")[0].rsplit(", ")[-1] for reason in dataset.faults] == ["line 2", "line 3", "line 4"]
+
+
+def test_the_splits_that_there_are(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    assert splits_of(tmp_path) == ["train"]
+    put(tmp_path / "test/a.png")
+    put(tmp_path / "train/a.png")
+    assert splits_of(tmp_path) == ["train", "test"]
+    for split in ("train", "val"):
+        write_shards([Example("a", IMAGE)], tmp_path / "shards", split)
+    assert splits_of(tmp_path / "shards") == ["train", "val"]
 
 
 def test_shards_of_the_split_come_first(tmp_path: Path) -> None:

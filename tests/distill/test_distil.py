@@ -177,8 +177,18 @@ def test_caches_on_disk_change_a_student_by_rounding_only_and_serve_the_next_run
         assert (ours[key] - value).abs().mean() < 1e-3, key
 
 
+COMPILED = [pytest.mark.slow, pytest.mark.timeout(580), pytest.mark.filterwarnings("ignore")]
+
+
 @pytest.mark.parametrize(
-    ("change", "tolerance"), [({"gradient_checkpointing": True}, 1e-6), ({"teacher_dtype": "bf16"}, 2e-3)], ids=str
+    ("change", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-6),
+        ({"teacher_dtype": "bf16"}, 2e-3),
+        ({"mixed_precision": "fp16"}, 2e-3),
+        pytest.param({"compile": True}, 1e-6, marks=COMPILED),
+    ],
+    ids=str,
 )
 def test_saving_memory_changes_a_student_by_rounding_only(
     finished: Path, recipe: DistilRecipe, tmp_path: Path, change: dict[str, object], tolerance: float

@@ -20,7 +20,7 @@ from refine_control.distill.loop import Losses, train
 from refine_control.distill.optimizer import learning_rate
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.distill.stages import Distillation
-from refine_control.errors import RecipeError, UserError
+from refine_control.errors import DataError, RecipeError, UserError
 from refine_control.recipe import RunConfig
 from refine_control.student.plan import probe
 from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
@@ -345,6 +345,54 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None
     assert model.x.isfinite().all()
 
 
+# Half precision and eight bits
+
+
+class Wide(Toy):
+    """As Toy, with a matrix large enough that bitsandbytes keeps its moments in eight bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.linspace(-1, 1, 4 * 2048).reshape(4, 2048))
+
+    def forward(self, batch: Batch) -> Losses:
+        terms = super().forward(batch)
+        return {**terms, "small": terms["small"] + (self.x @ self.matrix).square().mean()}
+
+
+@pytest.mark.parametrize("change", [{"use_8bit_adam": True}, {"mixed_precision": "fp16"}], ids=str)
+def test_an_interrupted_run_equals_one_that_was_not(tmp_path: Path, change: dict[str, object]) -> None:
+    run = SAVED_OFTEN.model_copy(update=change)
+    whole = toy(tmp_path / "whole", Wide(), run=run, steps=7, max_grad_norm=10)
+    half = Wide()
+    interrupted_at(5, half, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path / "half", half, run=run, steps=7, max_grad_norm=10)
+    again = toy(tmp_path / "half", Wide(), run=run, steps=7, max_grad_norm=10)
+    assert len(again.seen) == 3
+    assert torch.equal(again.x, whole.x)
+    assert torch.equal(again.matrix, whole.matrix)
+    assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
+
+
+def test_a_run_does_not_go_on_with_another_optimiser(tmp_path: Path) -> None:
+    toy(tmp_path, Wide(), steps=2)
+    with pytest.raises(DataError, match=r"was written with run\.use_8bit_adam false; go on with that"):
+        toy(tmp_path, Wide(), run=RUN.model_copy(update={"use_8bit_adam": True}), steps=4)
+
+
+def test_a_scale_too_large_costs_steps_not_the_run(tmp_path: Path) -> None:
+    """A gradient of 4 in half precision: 4 x 65536, 4 x 32768 and 4 x 16384 overflow, 4 x 8192 does not."""
+    model = Toy()
+    true = model.forward
+    model.forward = lambda b: {**true(b), "near": 4 * model.x.half().float().sum()}
+    fp16 = RUN.model_copy(update={"mixed_precision": "fp16"})
+    toy(tmp_path, model, run=fp16, steps=6)
+    assert torch.equal(model.seen[3], model.seen[0]), "a step that overflows changes nothing"
+    assert not torch.equal(model.seen[-1], model.seen[0])
+    assert ["grad_norm" in line for line in log_of(tmp_path)] == [False] * 3 + [True] * 3
+
+
 # Devices and threads
 
 
@@ -353,6 +401,9 @@ def test_a_device_that_does_not_exist() -> None:
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(UserError, match=r"run\.device = 'abacus' is no device; give auto, cpu"):
         pick_device("abacus")
+    absent = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(UserError, match=rf"run\.device = '{absent}' but torch sees {torch.cuda.device_count()} GPUs"):
+        pick_device(absent)
 
 
 def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

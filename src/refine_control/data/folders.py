@@ -35,18 +35,23 @@ class FolderDataset:
     raises DataError for a broken one and for a mask or control of another size.
     """
 
-    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
+        """lenient: lines of the metadata that cannot be used are left out and listed in `faults`."""
         self.folder = Path(folder)
         self.max_pixels = max_pixels
+        self.faults: list[str] = []
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; check the path")
         if (self.folder / METADATA).is_file():
-            self._entries = _read_metadata(self.folder)
+            self._entries = _read_metadata(self.folder, self.faults)
+            if self.faults and not lenient:
+                others = f" (and {len(self.faults) - 1} more: data check lists them)" if self.faults[1:] else ""
+                raise DataError(self.faults[0] + others)
         elif (self.folder / "metadata.csv").is_file():
             raise DataError(f"{self.folder / 'metadata.csv'}: only {METADATA} is read; convert it, one object a line")
         else:
             self._entries = [_Entry(_key(path, self.folder), path) for path in _find_images(self.folder)]
-        if not self._entries:
+        if not self._entries and not self.faults:
             raise DataError(f"{self.folder}: no image found; put {', '.join(SUFFIXES)} files there or a {METADATA}")
 
     def __len__(self) -> int:
@@ -79,8 +84,8 @@ class FolderDataset:
         return dict(self._entries[index].extra)
 
 
-def _read_metadata(folder: Path) -> list[_Entry]:
-    """Every line of `folder/metadata.jsonl`, checked; blank lines are skipped."""
+def _read_metadata(folder: Path, faults: list[str]) -> list[_Entry]:
+    """Every line of `folder/metadata.jsonl`, checked; blank lines are skipped, those at fault added to `faults`."""
     path = folder / METADATA
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -93,9 +98,13 @@ def _read_metadata(folder: Path) -> list[_Entry]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        entry = _entry(_parse_line(line, where), folder, root, where)
-        if entry.key in seen:
-            raise DataError(f"{where}: file_name {entry.key!r} already stands in line {seen[entry.key]}; keep one")
+        try:
+            entry = _entry(_parse_line(line, where), folder, root, where)
+            if entry.key in seen:
+                raise DataError(f"{where}: file_name {entry.key!r} already stands in line {seen[entry.key]}; keep one")
+        except DataError as error:
+            faults.append(str(error))
+            continue
         seen[entry.key] = number
         entries.append(entry)
     return entries

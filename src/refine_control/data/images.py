@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,10 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
     Raises DataError, in one line: missing, empty, truncated or corrupt file; more than `max_pixels` (read from the
     header, before anything is decoded); float pixels.
     """
+    return _decode(source, max_pixels, name, _to_rgb)
+
+
+def _decode(source: Path | bytes, max_pixels: int, name: str | None, to_array: Callable) -> np.ndarray:
     label = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _read_bytes(Path(source), label)
     if not data:
@@ -36,7 +41,7 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
                 raise DataError(
                     f"{label}: {width}x{height} is more than {max_pixels} pixels; make the image smaller or remove it"
                 )
-            return _to_rgb(image)
+            return to_array(image)
     except DataError as error:
         raise error if str(error).startswith(label) else DataError(f"{label}: {error}") from None
     except Image.DecompressionBombError as error:
@@ -49,11 +54,10 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
 def read_mask(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
     """Decode a mask to uint8 (H, W) of {0, 1}: brighter than 127 is 1, the hole to fill (as in diffusers).
 
-    Raises DataError as `read_image` does, and for a mask stored as 0 and 1 instead of 0 and 255, which would
-    otherwise silently have no hole.
+    Raises DataError as `read_image` does, and for what would silently be another hole than was meant: a mask stored as
+    0 and 1 instead of 0 and 255, and one with transparent parts.
     """
-    rgb = read_image(source, max_pixels, name)
-    grey = np.asarray(Image.fromarray(rgb).convert("L"))
+    grey = _decode(source, max_pixels, name, _to_grey)
     if grey.max() == 1:
         label = name or (str(source) if not isinstance(source, bytes) else "mask")
         raise DataError(f"{label}: the mask's brightest value is 1 of 255; store holes as 255 (white)")
@@ -107,6 +111,13 @@ def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    """Any PIL mode without transparency -> uint8 (H, W)."""
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise DataError("the mask is transparent in places; save it without transparency, white where to fill")
+    return np.asarray(Image.fromarray(_to_rgb(image)).convert("L"))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,30 @@ from refine_control.data.example import Example
 from refine_control.data.images import FitMode, fit_square, fit_square_mask
 from refine_control.data.shards import write_shards
 from refine_control.data.source import open_dataset
+from refine_control.errors import DataError
 
 
-def prepare(source: Path, out: Path, split: str, resolution: int, fit: FitMode) -> list[Path]:
-    """Writes `out/SPLIT-000000.tar`, ... with every picture of one split, brought to resolution x resolution."""
-    dataset = open_dataset(source, split)
+def prepare(
+    source: Path, out: Path, split: str, resolution: int, fit: FitMode, skip_corrupt: bool = False
+) -> list[Path]:
+    """Writes `out/SPLIT-000000.tar`, ... with every picture of one split, brought to resolution x resolution.
+
+    skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(source, split, lenient=skip_corrupt)
+    for reason in getattr(dataset, "faults", ()):
+        print(f"skipped: {reason}", file=sys.stderr)
 
     def brought() -> Iterator[Example]:
         for index in tqdm(range(len(dataset)), desc="preparing", unit="image"):
-            e = dataset[index]
+            try:
+                e = dataset[index]
+            except DataError as error:
+                if not skip_corrupt:
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
             yield replace(
                 e,
                 key=e.key.replace(".", "_"),

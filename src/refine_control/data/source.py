@@ -13,10 +13,13 @@ from refine_control.errors import DataError
 SPLITS = ("train", "val", "validation", "test")
 
 
-def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_PIXELS) -> FolderDataset | ShardDataset:
+def open_dataset(
+    path: str | Path, split: str = "train", max_pixels: int = MAX_PIXELS, lenient: bool = False
+) -> FolderDataset | ShardDataset:
     """Open `path/SPLIT-*.tar` as shards, else `path/SPLIT` or, where nothing is split, `path` as a folder of images.
 
-    A folder without splits gives all its images for every split: keep what you test on elsewhere.
+    A folder without splits gives all its images for every split: keep what you test on elsewhere. lenient: as of
+    `FolderDataset`.
 
     Raises DataError: no such folder; the folder holds other splits only (they are listed); whatever the dataset
     itself refuses.
@@ -25,7 +28,8 @@ def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_P
     if not split or "/" in split or split.startswith(".") or any(letter in split for letter in "*?["):
         raise DataError(f"split {split!r} is not a name; use 'train', 'val' or 'test'")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; check the path")
+        reason = "is a file; give the folder that it lies in" if folder.exists() else "no such folder; check the path"
+        raise DataError(f"{folder}: {reason}")
     if shards := sorted(folder.glob(f"{split}-*.tar")):
         return ShardDataset(shards, max_pixels)
     if tars := sorted(folder.glob("*.tar")):
@@ -34,10 +38,17 @@ def open_dataset(path: str | Path, split: str = "train", max_pixels: int = MAX_P
     if (folder / split).is_dir():
         if (folder / METADATA).is_file() and not (folder / split / METADATA).is_file():
             raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
-        return FolderDataset(folder / split, max_pixels)
+        return FolderDataset(folder / split, max_pixels, lenient)
     if others := [name for name in SPLITS if (folder / name).is_dir()]:
         raise DataError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
-    return FolderDataset(folder, max_pixels)
+    return FolderDataset(folder, max_pixels, lenient)
+
+
+def splits_of(path: str | Path) -> list[str]:
+    """The names that `open_dataset` knows for a folder: those of its shards, of its folders, or 'train' for all."""
+    folder = Path(path)
+    shards = {tar.stem.rpartition("-")[0] for tar in folder.glob("*-*.tar")}
+    return sorted(shards) or [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
 
 
 def check(dataset: Any) -> list[tuple[str, str]]:

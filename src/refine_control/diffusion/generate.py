@@ -26,11 +26,14 @@ def generate(
     config: SampleConfig,
     device: str,
     controls: Sequence[str] = ("inpaint",),
-) -> None:
+) -> int:
     """Fills the white part of `mask` in `image` and writes a PNG at the model's resolution. Known pixels stay.
 
+    A picture of another size is brought to it; of one that is not square, the square in its middle is kept. Returns
+    that resolution.
+
     Raises:
-        DataError: picture and mask cannot be read or differ in size, or `out` cannot be written.
+        DataError: picture and mask cannot be read or differ in size, the mask is empty, or `out` cannot be written.
     """
     picture, hole = read_image(image), read_mask(mask)
     if picture.shape[:2] != hole.shape:
@@ -38,11 +41,16 @@ def generate(
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     loaded = load(model, device).freeze()
     side = loaded.resolution
-    example = Example(image.name, fit_square(picture, side), prompt, fit_square_mask(hole, side))
+    hole = fit_square_mask(hole, side)
+    if not hole.any():
+        raise DataError(f"'{mask}' has no white at {side}x{side}, the model's resolution; nothing is to be filled")
+    example = Example(image.name, fit_square(picture, side), prompt, hole)
     batch = make_batch([example], {}, config.seed, [True], [0], controls=controls)
     _, filled = fill(loaded, batch, config, [config.seed])
     pixels = ((filled[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(pixels)).save(out)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot write '{out}': {error}") from None
+        raise DataError(f"cannot write '{out}': {error}; give --out another name, ending in .png") from None
+    return side

@@ -19,6 +19,8 @@ from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.text import Text, embed_sd, embed_xl
 from refine_control.errors import ModelError
 
+REPEATED = {"ResnetBlock2D", "BasicTransformerBlock"}
+
 
 def halvings(widths: Sequence[int]) -> int:
     """How many times smaller a network's last level is than its first, along one side: every level but one halves."""
@@ -53,6 +55,14 @@ class Denoiser(nn.Module):
     def control_channels(self) -> int:
         """Channels of the control that all nets together take, 0 without a module."""
         return sum(net.config.conditioning_channels for net in self.nets)
+
+    def compile_blocks(self) -> None:
+        """torch.compile for the layers that repeat, each kind and size of them once; blocks can still be tapped."""
+        torch._dynamo.config.recompile_limit = 64  # each size of a layer is a recompilation
+        torch._functorch.config.donated_buffer = False  # else each term's own gradient cannot be measured
+        for module in self.modules():
+            if type(module).__name__ in REPEATED:
+                module.compile()
 
     def forward(self, x_t: Tensor, t: Tensor, text: Text, control: Tensor | None = None) -> Tensor:
         """The prediction at x_t.

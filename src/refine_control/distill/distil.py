@@ -45,6 +45,8 @@ class Distiller:
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
         self.teacher.denoiser.to(DTYPES[run.teacher_dtype])
+        if run.compile:
+            self.teacher.denoiser.compile_blocks()
         check_resolution(self.teacher, teacher, data)
         nets = self.teacher.denoiser.nets
         if nets and len(nets) != len(data.controls):
@@ -94,6 +96,8 @@ class Distiller:
         if recipe.run.gradient_checkpointing:
             for network in (student.foundation, *student.nets):
                 network.enable_gradient_checkpointing()
+        if recipe.run.compile:
+            student.compile_blocks()
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         bridges = Bridges.between(recipe.alignment, ours, theirs).to(self.teacher.device)

@@ -82,9 +82,13 @@ def footprint_table(f: Footprint) -> str:
         "  caches": f"and {f.latents / 1e3:.0f} kB for each version of a picture, {f.text / 1e3:.0f} kB for each "
         "caption, where data.cache_dir keeps them",
         "arithmetic": f"{2 * f.macs / 1e15:,.3g} PFLOP of both stages' steps, latents and texts being kept: "
-        f"{2 * f.macs / 3.6e15 / SUSTAINED:,.2g} hours at {SUSTAINED} sustained TFLOP/s",
+        f"{_duration(2 * f.macs / 1e12 / SUSTAINED)} at {SUSTAINED} sustained TFLOP/s, a GPU's work",
     }
     return "\n".join(f"{name:13}  {text}" for name, text in lines.items())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2g} hours" if seconds >= 3600 else f"{seconds:,.2g} seconds"
 
 
 def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int]:

@@ -48,13 +48,11 @@ def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig, run: Run
     """AdamW (Loshchilov & Hutter 2019, 1711.05101), its moments in 8 bits (Dettmers et al. 2022, 2110.02861) if asked.
 
     Raises:
-        RecipeError: 8 bits were asked for and bitsandbytes is not there, or with sharded weights.
+        RecipeError: 8 bits were asked for and bitsandbytes is not there.
     """
     settings: dict[str, Any] = {"lr": stage.learning_rate, "weight_decay": stage.weight_decay, "betas": (0.9, 0.99)}
     if not run.use_8bit_adam:
         return torch.optim.AdamW(parameters, **settings, fused=True)  # one pass over the weights, on CPU too
-    if run.shard:
-        raise RecipeError("run.use_8bit_adam does not work on sharded weights; set it or run.shard to false")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

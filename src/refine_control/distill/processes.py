@@ -34,6 +34,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"run.device = '{name}' is no device; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"run.device = '{name}' but torch sees {torch.cuda.device_count()} GPUs here; give auto or cpu")
     team = PartialState(cpu=device.type == "cpu")  # joins the other processes, where torchrun or accelerate began them
     if device.type == "cuda":
         device = torch.device("cuda", team.local_process_index if device.index is None else device.index)

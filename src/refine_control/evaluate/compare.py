@@ -9,7 +9,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from refine_control import __version__
+from refine_control.diffusion.model import Model
 from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller, with_known_commits
 from refine_control.distill.preview import mask_out, save_grid
@@ -26,7 +28,7 @@ from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.heldout import latency_ms
-from refine_control.evaluate.report import ReportData, Row, write_report, write_table
+from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
 from refine_control.evaluate.rows import check_rows, train_row, wall_seconds
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
@@ -43,11 +45,11 @@ BASELINES = ("mean_fill", "telea", "navier_stokes", "biharmonic")
 DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
 
 
-def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> Path:
-    """Trains and scores every row with every seed, resuming what is there. Returns the report's path.
+def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> str:
+    """Trains and scores every row with every seed, resuming what is there. Returns the table, to be printed.
 
     Writes, in recipe.output_dir: ROW/seed-N/ (student, losses, previews, evaluation.json), scores.json (mean over seeds
-    and spread), table.csv, table.md and report.html.
+    and spread), latency.json, table.csv, table.md and report.html.
     """
     refuse_processes("compare")
     out = Path(recipe.output_dir)
@@ -62,10 +64,11 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     results = {("teacher", 0): evaluate_model(name, domains, recipe, out / "teacher", nets)}
     for key, folder in folders.items():
         results[key] = evaluate_model(str(folder / "student"), domains, recipe, folder)
-    models = {"teacher": load(name, controlnets=nets)} | {
-        row: load(str(out / row / f"seed-{seeds[0]}/student")) for row in rows
-    }
-    latency = latency_ms(models)
+    models: dict[str, Callable[[], Model]] = {"teacher": lambda: load(name, controlnets=nets)}
+    for row in rows:
+        models[row] = partial(load, str(out / row / f"seed-{seeds[0]}/student"))
+    weights = {row: result["settings"]["model"] for (row, seed), result in results.items() if seed in (0, seeds[0])}
+    latency = _latency_once(out / "latency.json", models, {"weights": weights, "machine": machine()})
     scores = {name: _summary(name, results, latency[name]) for name in ("teacher", *rows)}
     first = results["teacher", 0]["domains"]["labelled"]
     table: dict[str, Any] = {name: _flat(summary) for name, summary in scores.items()}
@@ -83,15 +86,24 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     report_rows += [_trained_row(name, scores[name], recipe, out, seeds[0]) for name in rows]
     write_table(report_rows, out / "table.csv", out / "table.md")
     write_report(_report(report_rows, domains, recipe, out, seeds, first), out / "report.html")
-    return out / "report.html"
+    return text_table(report_rows)
 
 
-def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) -> Path:
+def _latency_once(path: Path, models: dict[str, Callable[[], Model]], key: dict[str, Any]) -> dict[str, dict]:
+    """The latency of each model, measured once on a machine: run again, a comparison says what it said before."""
+    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        return kept["latency"]
+    latency = latency_ms({name: read() for name, read in models.items()})
+    write_whole(path, json.dumps({"key": key, "latency": latency}, indent=1))
+    return latency
+
+
+def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) -> str:
     """Scores saved models, and classical inpainting where asked, on a recipe's held-out pictures.
 
-    Writes scores.json, table.csv, table.md and for each model a sheet of pictures of each domain in recipe.output_dir;
-    returns the path of scores.json. The models' task losses under the right, the empty and a stranger's caption stand
-    in it too.
+    Writes scores.json, table.csv, table.md and for each model a sheet of pictures of each domain in recipe.output_dir.
+    The models' task losses under the right, the empty and a stranger's caption stand in scores.json too. Returns the
+    table, to be printed.
     """
     refuse_processes("evaluate")
     set_threads(recipe.run)
@@ -119,7 +131,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
     write_whole(out / "scores.json", json.dumps(table, indent=1))
-    return out / "scores.json"
+    return text_table(rows)
 
 
 def _save_sheet(path: Path, domain: Domain, pictures: Tensor, count: int = 64, columns: int = 16) -> None:

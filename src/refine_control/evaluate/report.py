@@ -21,7 +21,7 @@ from torch import Tensor
 from refine_control.evaluate.score import RULES
 from refine_control.files import write_whole
 
-__all__ = ["ReportData", "Row", "write_report", "write_table"]
+__all__ = ["ReportData", "Row", "text_table", "write_report", "write_table"]
 
 PICTURES = 12  # shown of each domain
 _SIDE = 192  # pixels; larger pictures are shrunk to it, so that the page stays small
@@ -122,8 +122,7 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
     heads = next(iter(tables.values()), [])
     keys = [f"{c.key} {c.unit}" if c.unit in _REGIONS else c.key for c in heads]
     exact: list[list[Any]] = [["domain", "name", "label", *keys, "steps"]]
-    titles = [f"{c.key} {c.unit}" if c.unit in _REGIONS else f"{_COSTS[c.key][0]} ({c.unit})" for c in heads]
-    shown = [["domain", "model", *(f"{title} {c.arrow}" for title, c in zip(titles, heads, strict=True))]]
+    shown = [["domain", "model", *map(_title, heads)]]
     shown.append(["---"] * 2 + ["---:"] * len(heads))
     for domain, columns in tables.items():
         for i, row in enumerate(rows):
@@ -135,6 +134,26 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
     write_whole(path_csv, raw.getvalue())
     lines = (" | ".join(" ".join(text.split()).replace("|", "\\|") for text in line) for line in shown)
     write_whole(path_md, "".join(f"| {line} |\n" for line in lines))
+
+
+def _title(column: Column) -> str:
+    is_score = column.unit in _REGIONS
+    name = f"{column.key} {column.unit}" if is_score else f"{_COSTS[column.key][0]} ({column.unit})"
+    return f"{name} {column.arrow}"
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The tables as plain text, a line for each quantity and a column for each row: narrow enough for a terminal."""
+    blocks = []
+    domains = _domains(rows)
+    for domain in domains:
+        lines = [["", *(row.label if len(row.label) <= 24 else row.name for row in rows)]]
+        for c in _columns(rows, domain, domains):
+            lines.append([_title(c), *c.texts])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(rows) + 1)]
+        text = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+        blocks.append("\n".join([domain, *text]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _check(data: ReportData) -> None:
@@ -172,7 +191,7 @@ def _columns(rows: Sequence[Row], domain: str, metrics_of: Iterable[str]) -> lis
 def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: float, smalls: list[str]) -> Column:
     """Shows a column with as many decimals as give its largest value four digits, and finds the best of the students.
 
-    Students are the rows with params below the first. All that read alike are best, unless there is no other.
+    Students are the rows with params below the first. All that read alike are best, unless all do; not of costs.
     """
     is_up = key.partition("[")[0] in _HIGHER_IS_BETTER
     largest = max((abs(v) / scale for v in values if v is not None), default=0) or 1
@@ -181,7 +200,7 @@ def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: flo
     students = {i: v for i, v in enumerate(values) if i and rows[i].params is not None and v is not None}
     best = (max if is_up else min)(students.values(), default=None)
     marked = {i for i in students if texts[i] in {texts[j] for j, v in students.items() if v == best}}
-    marked = set() if len(marked) == len(students) > 1 else marked
+    marked = set() if len(marked) == len(students) or key in _COSTS else marked
     return Column(key, unit, "↑" if is_up else "↓", values, texts, smalls, marked)
 
 
