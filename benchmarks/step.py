@@ -4,7 +4,8 @@
 
 The real loop runs; before each of its steps one floor pass of the same size is timed, so that both see the same
 machine. The first pass over the data is left out: it decodes pictures and encodes latents that are kept afterwards.
-With `--workers 0` batches are made between steps, not beside them: a step then bears their whole cost.
+Any key of the recipe can be overridden: --teacher my/teacher --student mobile --run.num_threads 4. With
+`--run.workers 0` batches are made between steps, not beside them: a step then bears their whole cost.
 """
 
 from __future__ import annotations
@@ -59,19 +60,13 @@ def clock() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, help="what is distilled")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--teacher", default=None)
-    parser.add_argument("--num_threads", default=None)
-    parser.add_argument("--workers", default=None)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-step.json"))
-    args = parser.parse_args()
-    overrides = {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "run.log_every": "1"}
-    overrides |= {"stage1.steps": str(args.steps)}
-    overrides |= {"teacher": args.teacher} if args.teacher else {}
-    overrides |= {"run.num_threads": args.num_threads} if args.num_threads else {}
-    overrides |= {"run.workers": args.workers} if args.workers else {}
-    recipe = load(DistilRecipe, args.recipe, overrides)
+    args, rest = parser.parse_known_args()
+    overrides = {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    overrides |= {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "run.log_every": "1"}
+    recipe = load(DistilRecipe, args.recipe, overrides | {"stage1.steps": str(args.steps)})
     result = measure(recipe, args.steps)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -93,6 +88,7 @@ def measure(recipe: DistilRecipe, count: int) -> dict:
         with torch.no_grad():
             teacher.denoiser(*inputs)
         student(*inputs).square().mean().backward()
+        student.zero_grad(set_to_none=True)  # else the step would add to these gradients instead of writing its own
 
     loader = distiller.loader(recipe, stage, "benchmark")
     pool = count // 3  # the same few batches again: everything that can be kept is kept

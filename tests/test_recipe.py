@@ -244,5 +244,5 @@ def test_a_map_that_is_neither_auto_nor_pairs(small: Path) -> None:
 
 
 def test_validate_names_where_it_comes_from() -> None:
-    with pytest.raises(RecipeError, match="^the server: 'steps' = 'x'"):
+    with pytest.raises(RecipeError, match=r"^the server: 'steps' = 'x'"):
         validate(StageConfig, {"steps": "x"}, "the server")
