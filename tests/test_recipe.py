@@ -98,6 +98,16 @@ def test_overrides_reach_any_depth(small: Path) -> None:
     assert load(DistilRecipe, small).seed == 3, "the file is as it was"
 
 
+def test_no_is_a_precision_though_yaml_reads_it_as_false(small: Path) -> None:
+    assert load(DistilRecipe, small, {"run.mixed_precision": "no"}).run.mixed_precision == "no"
+    assert "'run.mixed_precision' = True" in refused(small, {"run.mixed_precision": "yes"})
+
+
+def test_what_does_not_go_with_shards(small: Path) -> None:
+    for other in ("use_8bit_adam", "compile"):
+        assert "do not work on sharded weights" in refused(small, {"run.shard": "true", f"run.{other}": "true"})
+
+
 def test_saved_with_overrides_then_loaded_is_equal(small: Path, tmp_path: Path) -> None:
     recipe = load(DistilRecipe, small, {"stage1.steps": "77", "alignment": "{a: b}", "stage2.snr_gamma": "5"})
     save(recipe, tmp_path / "saved.yaml")

@@ -16,6 +16,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -116,6 +117,11 @@ class RunConfig(Config):
     log_every: PositiveInt = 20
     grad_norm_every: PositiveInt = 200
     preview_every: PositiveInt = 500
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_reads_no_as_false(cls, value: Any) -> Any:
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _shards_are_plain(self) -> RunConfig:
