@@ -335,6 +335,16 @@ def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, 
     assert newest(tmp_path)["trainable"]["x"].isfinite().all()
 
 
+def test_memory_that_runs_out_names_the_step_and_what_takes_less(tmp_path: Path) -> None:
+    model = Toy()
+    true = model.forward
+    model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.empty(2**60).sum()}
+    with pytest.raises(UserError, match=r"step 3: out of memory .* double run\.gradient_accumulation_steps"):
+        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+    assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+    assert len(toy(tmp_path, Toy(), run=SAVED_OFTEN, steps=6).seen) == 4
+
+
 def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
     """The loss is finite: 0 times infinity comes up on the way back only."""
     model = Toy()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,31 @@ def test_processes_with_different_recipes_stop(recipe: Path, tmp_path: Path) -> 
     assert done.returncode != 0
     assert "processes 0 and 1 were given different recipes; start all with the same file and flags" in done.stderr
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_hosts_that_do_not_share_their_disk_do_not_go_on(recipe: Path, tmp_path: Path) -> None:
+    """As each process runs in a folder of its own, so does one on each host with output_dir on its own disk."""
+    script = tmp_path / "elsewhere.sh"
+    script.write_text(
+        f"mkdir -p {tmp_path}/$RANK && cd {tmp_path}/$RANK && "
+        f"exec {sys.executable} -m refine_control distill {recipe} --output_dir run\n"
+    )
+    assert launch(2, "--no-python", "sh", str(script)).returncode == 0
+    for leftover in ("0/run/student", "0/run/stage2"):
+        shutil.rmtree(tmp_path / leftover)
+    again = launch(2, "--no-python", "sh", str(script))
+    assert again.returncode != 0
+    assert "not every process sees the checkpoints in 'run/stage1'" in again.stderr
+
+
+ROOT = Path(__file__).parents[2]
+CAN_MAKE_HOSTS = shutil.which("ip") and not subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not CAN_MAKE_HOSTS, reason="network namespaces need Linux, iproute2 and root")
+def test_two_hosts_end_where_one_process_does(recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts/two_hosts.sh"), str(recipe), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_learnt_the_same(recipe, one, weights(tmp_path / "student"))

@@ -33,7 +33,7 @@ from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on
+MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on, or as many as stage 1 has
 
 
 class Distiller:
@@ -108,7 +108,7 @@ class Distiller:
     def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
         stage = recipe.stage1
         loader, passes = self.loader(recipe, stage, "norms"), recipe.run.gradient_accumulation_steps
-        steps = range(-(-MEASURED_ROWS // stage.batch_size))
+        steps = range(min(-(-MEASURED_ROWS // stage.batch_size), max(1, stage.steps)))
         batches = (loader(step, part, passes) for step in steps for part in range(passes))
         features = teacher_features(bridges.teacher_points, self.teacher, self.encoder, stage, batches)
         bridges.measure(features, recipe.feature_norm)

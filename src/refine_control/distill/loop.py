@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,12 +42,15 @@ def train(
     run.gradient_accumulation_steps passes.
 
     Raises:
-        UserError: a loss or gradient is not finite; step and pictures are named, the last checkpoint is untouched.
+        UserError: a loss or gradient is not finite (step and pictures are named), memory runs out, or processes see
+            different checkpoints; the last checkpoint is untouched.
     """
     device = next(p.device for p in objective.parameters() if p.requires_grad)
     team = gather(device)
     share = share_out(batches, stage, run, team)
     learner = Learner(objective, weights, stage, run, team, folder / "checkpoints")
+    if len(set(gather_object([learner.start]))) > 1:
+        raise UserError(f"not every process sees the checkpoints in '{folder}'; put output_dir where all hosts see it")
     log = Log(folder / "losses.jsonl", learner.start, team.is_main_process)
     bar = tqdm(
         range(learner.start, stage.steps), "/".join(folder.parts[-3:]), stage.steps, initial=learner.start, unit="step",
@@ -60,8 +64,9 @@ def train(
             passes, done = ahead(step), step + 1
             log.waited += time.monotonic() - asked
             measured = step % run.grad_norm_every == 0 and not run.shard
-            means, norms = _accumulate(learner, passes, weights, measured)
-            norm = learner.update(step) if math.isfinite(means["loss"]) else math.nan
+            with _memory_named(step):
+                means, norms = _accumulate(learner, passes, weights, measured)
+                norm = learner.update(step) if math.isfinite(means["loss"]) else math.nan
             if not (math.isfinite(norm) or learner.scale.lowered):
                 raise _not_finite(step, means, passes)
             if done % run.log_every == 0 or step == 0 or norms:
@@ -99,6 +104,22 @@ def _accumulate(
         for name, term in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + term.detach() / len(passes)
     return means, norms
+
+
+@contextmanager
+def _memory_named(step: int) -> Iterator[None]:
+    """Raises UserError where memory runs out inside, with what takes less of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:  # the latter on a CPU
+            raise
+        raise UserError(
+            f"step {step}: out of memory ({text[:160]}); double run.gradient_accumulation_steps, or set "
+            "run.gradient_checkpointing true, run.teacher_dtype and run.mixed_precision bf16, or run.use_8bit_adam "
+            "true, then run the same command to go on"
+        ) from None
 
 
 def _not_finite(step: int, means: Losses, passes: list[Batch]) -> UserError:
