@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from refine_control.data.example import Example
 from refine_control.data.images import encode_png
-from refine_control.data.shards import ShardDataset, write_shards
+from refine_control.data.shards import Entries, ShardDataset, write_shards
 from refine_control.errors import DataError
 
 PNG = encode_png(np.full((4, 4, 3), 9, np.uint8))
@@ -134,6 +135,21 @@ def test_a_tar_cut_anywhere_is_refused_or_whole(tmp_path: Path) -> None:
         else:
             assert [(dataset[i].key, int(dataset[i].image.min())) for i in range(len(dataset))] == [("a", 9), ("b", 9)]
     assert refused >= 2048 / 64  # two headers with a block of data each: nothing less can be whole
+
+
+def test_a_place_takes_few_bytes() -> None:
+    """A hundred million examples are indexed by every process: dicts of them would take 60 GB."""
+    entries = Entries()
+    tracemalloc.start()
+    for i in range(2000):
+        entries.append(f"folder/picture-{i:08d}", i // 500, {"webp": (i * 1536, 900), "json": (i * 1536 + 1024, 40)})
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / 2000 < 120
+    assert entries.key(1234) == "folder/picture-00001234"
+    assert entries.shard(1234) == 2
+    assert entries.members(1234) == {"webp": (1234 * 1536, 900), "json": (1234 * 1536 + 1024, 40)}
+    assert entries.twins() is None
 
 
 def test_random_damage_is_the_users_error_and_nothing_else(tmp_path: Path) -> None:

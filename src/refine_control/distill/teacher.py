@@ -72,7 +72,8 @@ def check_resolution(model: Model, name: str, data: DataConfig) -> None:
 
 def contents(labelled: Pictures, unlabelled: Pictures | None) -> dict[str, str]:
     """Digests of the data sets, by their place in a recipe."""
-    return {"data.labelled": labelled.contents()} | ({"data.unlabelled": unlabelled.contents()} if unlabelled else {})
+    digests = {"data.labelled": labelled.contents(captioned=True)}
+    return digests | ({"data.unlabelled": unlabelled.contents(captioned=False)} if unlabelled else {})
 
 
 def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: Path) -> Model:
