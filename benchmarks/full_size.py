@@ -107,6 +107,10 @@ def overrides(folder: Path, target: str, batch_size: int) -> list[str]:
         "stage1.batch_size": batch_size,
         "run.gradient_accumulation_steps": 1,
         "run.workers": 0,
+        "run.log_every": 1,
+        "sample.num_inference_steps": 1,  # the preview at the end shows noise anyway
+        "sample.guidance_scale": 1,
+        "sample.batch_size": 1,
     }
     if not torch.cuda.is_available():  # no half precision worth having there
         given |= {"run.mixed_precision": "no", "run.teacher_dtype": "fp32"}
@@ -116,7 +120,7 @@ def overrides(folder: Path, target: str, batch_size: int) -> list[str]:
 def distill(folder: Path, target: str) -> dict:
     """Two optimiser steps, from loading to the saved student, in a process of its own."""
     command = [sys.executable, "-m", "refine_control", "distill", str(RECIPE), *overrides(folder, target, 1)]
-    command += ["--stage1.steps", "2", "--stage2.steps", "0", "--run.preview_every", "1000000", "--run.log_every", "1"]
+    command += ["--stage1.steps", "2", "--stage2.steps", "0"]
     began = time.perf_counter()
     _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
     if status:
