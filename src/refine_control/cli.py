@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses 4-bit kernels that nobody asked for
-    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     whole = parser()
-    args, rest = whole.parse_known_args(words)
-    if rest:
-        whole.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
     try:
-        args.overrides = _overrides(overrides)
+        words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        args, rest = whole.parse_known_args(words)
+        if rest:
+            whole.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
+        args.overrides = overrides
         args.run(args)
     except UserError as error:
         print(f"refine-control: {error}", file=sys.stderr)
@@ -44,17 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nrefine-control: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-def _overrides(rest: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    words = list(rest)
-    while words:
-        key = words.pop(0)
-        if not words or words[0].startswith("--"):
-            raise UserError(f"'{key}' has no value; overrides come as '--key value'")
-        pairs[key.removeprefix("--")] = words.pop(0)
-    return pairs
 
 
 @command(
@@ -164,6 +153,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     ["--model zoo:emoji-teacher --image face.png --mask hole.png --prompt 'flat cat face' --out filled.png"],
     [
         flag("--model", default="zoo:emoji-teacher", help="a saved pipeline's folder, or zoo:NAME"),
+        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
         flag("--image", type=Path, required=True, help="brought to the model's resolution; the square in its middle"),
         flag("--mask", type=Path, required=True, help="white where to fill, of the picture's size"),
         flag("--prompt", default="", help="what to fill in"),
@@ -184,7 +174,7 @@ def _generate(args: argparse.Namespace) -> None:
     config = recipe.validate(recipe.SampleConfig, flags, "command line")
     kinds = recipe.validate(recipe.DataConfig, {"controls": args.controls.split(",")}, "command line").controls
     device = str(pick_device(args.device))
-    side = generate(args.model, args.image, args.mask, args.prompt, args.out, config, device, kinds)
+    side = generate(args.model, args.image, args.mask, args.prompt, args.out, config, device, kinds, args.controlnet)
     print(f"wrote {args.out}, {side}x{side}: the model's resolution")
 
 

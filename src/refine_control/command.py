@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from refine_control import __version__
+from refine_control.errors import UserError
 
 OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.labelled my/folder"
 Flag = tuple[tuple[str, ...], dict[str, Any]]
@@ -50,26 +51,33 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action) if shown else action.help
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line without its overrides, and these: every `--key value` that is no flag of the command."""
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """A command line without its overrides, and these: every `--key value` that is no flag of the command.
+
+    Raises UserError for a key without a value.
+    """
     name = next((word for word in words if not word.startswith("-")), None)
     mine = next((each for each in COMMANDS if each.name == name and each.takes_overrides), None)
     if mine is None:
-        return list(words), []
+        return list(words), {}
     known = {"-h", "--help", *(flag for names, _ in mine.flags for flag in names)}
     kept: list[str] = []
-    overrides: list[str] = []
-    key = False  # whether the last word was a key that waits for its value
-    for word in words:
-        if word.startswith("--") and word.partition("=")[0] not in known:
-            overrides += word.split("=", 1)
-            key = "=" not in word
-        elif key and not word.startswith("--"):
-            overrides.append(word)
-            key = False
+    overrides: dict[str, str] = {}
+    waiting = ""  # the last word, where it was a key whose value comes next
+    for word in [*words, "--"]:
+        if waiting and word.startswith("--"):
+            raise UserError(f"'--{waiting}' has no value; overrides come as '--key value'")
+        if waiting:
+            overrides[waiting], waiting = word, ""
+        elif word.startswith("--") and word.partition("=")[0] not in known and word != "--":
+            key, equals, value = word.removeprefix("--").partition("=")
+            if equals:
+                overrides[key] = value
+            else:
+                waiting = key
         else:
             kept.append(word)
-    return kept, overrides
+    return kept[:-1], overrides
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ def generate(
     config: SampleConfig,
     device: str,
     controls: Sequence[str] = ("inpaint",),
+    controlnets: Sequence[str] = (),
 ) -> int:
     """Fills the white part of `mask` in `image` and writes a PNG at the model's resolution. Known pixels stay.
 
@@ -39,7 +40,7 @@ def generate(
     if picture.shape[:2] != hole.shape:
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
-    loaded = load(model, device).freeze()
+    loaded = load(model, device, controlnets).freeze()
     side = loaded.resolution
     hole = fit_square_mask(hole, side)
     if not hole.any():

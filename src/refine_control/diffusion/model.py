@@ -56,6 +56,11 @@ class Denoiser(nn.Module):
         """Channels of the control that all nets together take, 0 without a module."""
         return sum(net.config.conditioning_channels for net in self.nets)
 
+    def checkpoint_activations(self) -> None:
+        """Keeps few activations for the backward pass and computes the others again there."""
+        for network in (self.foundation, *self.nets):
+            network.enable_gradient_checkpointing()
+
     def compile_blocks(self) -> None:
         """torch.compile for the layers that repeat, each kind and size of them once; blocks can still be tapped."""
         torch._dynamo.config.recompile_limit = 64  # each size of a layer is a recompilation

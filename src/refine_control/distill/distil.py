@@ -94,8 +94,7 @@ class Distiller:
             transplant(student, teacher.denoiser)
         student.to(self.teacher.device)
         if recipe.run.gradient_checkpointing:
-            for network in (student.foundation, *student.nets):
-                network.enable_gradient_checkpointing()
+            student.checkpoint_activations()
         if recipe.run.compile:
             student.compile_blocks()
         inputs = probe(self.teacher, self.teacher.device)

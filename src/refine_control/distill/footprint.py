@@ -100,8 +100,7 @@ def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int
     with FakeTensorMode():
         student = build_student(recipe.student, teacher).train()
         if recipe.run.gradient_checkpointing:
-            for network in (student.foundation, *student.nets):
-                network.enable_gradient_checkpointing()
+            student.checkpoint_activations()
         inputs = tuple(_repeated(part, rows) for part in probe(teacher))
         bridges = _bridges(recipe, student, teacher)
         weights = [*student.parameters(), *(bridges.parameters() if bridges else ())]
