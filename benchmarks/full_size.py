@@ -36,20 +36,23 @@ SIDE = 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="bk-tiny,mobile")
-    parser.add_argument("--steps", type=int, default=3, help="of the step benchmark; the first third warms up")
+    parser.add_argument("--steps", type=int, default=7, help="of the step benchmark; the first third warms up")
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--parts", default="distill,step", help="the others are left as --out has them")
     parser.add_argument("--out", type=Path, default=Path("results/full-size.json"))
     args = parser.parse_args()
-    results: dict = {"machine": machine(), "targets": {}}
+    results: dict = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {"targets": {}}
+    results["machine"] = machine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random_teacher(folder / "teacher")
         write_pictures(folder / "pictures", 4)
         for target in args.targets.split(","):
-            results["targets"][target] = {
-                "distill": distill(folder, target),
-                "step": step(folder, target, args.steps, args.batch_size),
-            }
+            result = results["targets"].setdefault(target, {})
+            if "distill" in args.parts:
+                result["distill"] = distill(folder, target)
+            if "step" in args.parts:
+                result["step"] = step(folder, target, args.steps, args.batch_size)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(json.dumps(results, indent=1))
@@ -129,7 +132,7 @@ def distill(folder: Path, target: str) -> dict:
     log = (folder / f"run-{target}" / "stage1" / "losses.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "seconds": taken,
-        "peak_memory_gb": used.ru_maxrss / 1e6,  # kilobytes, on Linux
+        "peak_memory_gb": used.ru_maxrss * 1024 / 1e9,  # kibibytes, on Linux
         "losses": [json.loads(line)["loss"] for line in log],
     }
 

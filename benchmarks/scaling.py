@@ -19,7 +19,7 @@ from pathlib import Path
 
 from refine_control.evaluate.compare import machine
 
-WARM = 10  # steps left out: they encode latents and captions that are kept afterwards
+WARM = 10  # steps left out: they meet every picture, and encode latents and captions that are kept afterwards
 
 
 def main() -> None:
@@ -66,6 +66,8 @@ def seconds_per_step(recipe: Path, count: int, shard: bool, rows: int, steps: in
             "stage1.steps": steps,
             "stage1.batch_size": rows * count,
             "stage2.steps": 0,
+            "data.labelled_limit": WARM * rows,
+            "data.variants": 1,
             "run.num_threads": 1,
             "run.workers": 0,
             "run.log_every": 1,

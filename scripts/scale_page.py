@@ -61,7 +61,7 @@ def counts() -> dict[str, Any]:
         "step_seconds": step_seconds,
         "gradient_mb": gradient / 1e6,
         "exchange_ms": 2e3 * gradient / NETWORK,
-        "checkpoint_gb": (foot.disk - 4 * student.parameters) / 2 / 1e9,
+        "checkpoint_gb": foot.checkpoint / 1e9,
         "checkpoint_minutes": 1000 * step_seconds / 60,
         "failures": GPUS * hours[50] / LOST_GPU_HOURS,
         "lost_gpu_hours": LOST_GPU_HOURS,

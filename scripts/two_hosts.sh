@@ -24,11 +24,11 @@ done
 host() { # host N DEVICE ARGS...: one host's part of the run
     local n=$1 device=$2
     shift 2
-    GLOO_SOCKET_IFNAME=$device OMP_NUM_THREADS=1 ip netns exec "$tag-$n" "$python" -m torch.distributed.run \
+    exec env GLOO_SOCKET_IFNAME="$device" OMP_NUM_THREADS=1 ip netns exec "$tag-$n" "$python" -m torch.distributed.run \
         --nnodes 2 --nproc_per_node 1 --node_rank "$n" --master_addr 10.77.0.1 --master_port 29500 \
         -m refine_control distill "$@"
 }
 host 0 "$tag-a" "$@" &
 first=$!
-host 1 "$tag-b" "$@"
+(host 1 "$tag-b" "$@")
 wait "$first"

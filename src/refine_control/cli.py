@@ -205,11 +205,12 @@ def _data(args: argparse.Namespace) -> None:
     unusable = total = 0
     for split in [args.split] if args.split else splits_of(args.folder):
         dataset = open_dataset(args.folder, split, lenient=True)
-        lines = getattr(dataset, "faults", [])
-        faults = [*lines, *(reason for _, reason in check(dataset))]
+        lines, broken = getattr(dataset, "faults", []), dict(check(dataset))
+        faults = [*lines, *broken.values()]
         for reason in faults:
             print(reason)
-        captions, pictures = sum(dataset.text(i) is not None for i in range(len(dataset))), len(dataset) + len(lines)
+        usable = (i for i, key in enumerate(dataset.keys()) if key not in broken)
+        captions, pictures = sum(dataset.text(i) is not None for i in usable), len(dataset) + len(lines)
         print(f"{split}: {pictures} pictures, {captions} with captions, {len(faults)} cannot be used")
         unusable, total = unusable + len(faults), total + pictures
     if unusable:

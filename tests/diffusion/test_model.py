@@ -237,3 +237,11 @@ def test_parts_that_do_not_belong_together(
 ) -> None:
     save(mismatch(teacher), tmp_path)
     assert refused(tmp_path).endswith(f"differ, {numbers}")
+
+
+def test_the_layers_that_repeat_are_compiled() -> None:
+    """Compiled when they first run, which this test leaves out."""
+    denoiser = tiny_denoiser()
+    denoiser.compile_blocks()
+    compiled = {type(module).__name__ for module in denoiser.modules() if module._compiled_call_impl is not None}
+    assert compiled == {"ResnetBlock2D", "BasicTransformerBlock"}

@@ -197,6 +197,10 @@ def test_saving_memory_changes_a_student_by_rounding_only(
     ours, theirs = weights(other), weights(finished)
     for key, value in theirs.items():
         assert (ours[key] - value).abs().mean() < tolerance, key
+    if "mixed_precision" in change:
+        assert any(not torch.equal(ours[key], value) for key, value in theirs.items()), "half precision was used"
+    if "compile" in change:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_checkpointed_activations_are_computed_twice_and_the_teachers_weights_are_half(recipe: DistilRecipe) -> None:

@@ -65,6 +65,12 @@ def test_what_saves_memory_saves_it(recipe: DistilRecipe) -> None:
     assert varied(recipe, gradient_accumulation_steps=2).activations < 0.7 * whole
     assert varied(recipe, gradient_checkpointing=True).activations < 0.7 * whole
     assert varied(recipe, mixed_precision="bf16").activations < whole
+    assert varied(recipe, mixed_precision="fp16").activations < whole
+    plain, eight = varied(recipe), varied(recipe, use_8bit_adam=True)
+    assert eight.learning == pytest.approx(plain.learning * (20 - 6) / 20)
+    assert eight.checkpoint == pytest.approx(plain.checkpoint * (16 - 6) / 16)
+    assert footprint_of_two(recipe, shard=True).learning == pytest.approx(plain.learning / 2, abs=1)
+    assert footprint_of_two(recipe).learning == plain.learning
 
 
 def test_nothing_is_left_behind(recipe: DistilRecipe, tmp_path: Path) -> None:

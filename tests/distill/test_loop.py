@@ -370,19 +370,43 @@ class Wide(Toy):
         return {**terms, "small": terms["small"] + (self.x @ self.matrix).square().mean()}
 
 
+class Overflowing(Wide):
+    """Its gradient overflows in half precision at a scale of 65536, 32768 and 16384: three steps are left out."""
+
+    def forward(self, batch: Batch) -> Losses:
+        terms = super().forward(batch)
+        return {**terms, "near": terms["near"] + 4 * self.x.half().float().sum()}
+
+
 @pytest.mark.parametrize("change", [{"use_8bit_adam": True}, {"mixed_precision": "fp16"}], ids=str)
 def test_an_interrupted_run_equals_one_that_was_not(tmp_path: Path, change: dict[str, object]) -> None:
     run = SAVED_OFTEN.model_copy(update=change)
-    whole = toy(tmp_path / "whole", Wide(), run=run, steps=7, max_grad_norm=10)
-    half = Wide()
+    kind = Overflowing if "mixed_precision" in change else Wide
+    whole = toy(tmp_path / "whole", kind(), run=run, steps=7, max_grad_norm=10)
+    half = kind()
     interrupted_at(5, half, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path / "half", half, run=run, steps=7, max_grad_norm=10)
-    again = toy(tmp_path / "half", Wide(), run=run, steps=7, max_grad_norm=10)
+    again = toy(tmp_path / "half", kind(), run=run, steps=7, max_grad_norm=10)
     assert len(again.seen) == 3
     assert torch.equal(again.x, whole.x)
     assert torch.equal(again.matrix, whole.matrix)
     assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_not_finite_is_no_fault_of_the_scale(tmp_path: Path) -> None:
+    """Also in the step after one that overflowed, which is usual at the start."""
+    model = Overflowing()
+    true = model.forward
+    model.forward = lambda b: true(b) if b.seed != 1 else {**true(b), "near": (model.x * torch.nan).sum()}
+    with pytest.raises(UserError, match="step 1: loss or gradient is not finite"):
+        toy(tmp_path, model, run=RUN.model_copy(update={"mixed_precision": "fp16"}), steps=6)
+
+
+def test_one_process_has_nothing_to_share(tmp_path: Path) -> None:
+    plain = toy(tmp_path / "plain", Toy(), steps=3)
+    shard = toy(tmp_path / "shard", Toy(), run=RUN.model_copy(update={"shard": True}), steps=3)
+    assert torch.equal(plain.x, shard.x)
 
 
 def test_a_run_does_not_go_on_with_another_optimiser(tmp_path: Path) -> None:

@@ -80,15 +80,17 @@ def assert_learnt_the_same(recipe: Path, one: dict[str, torch.Tensor], two: dict
         assert (two[key] - one[key]).norm() < 0.02 * (one[key] - value).norm(), key
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
+@pytest.mark.parametrize(("shard", "passes"), [("false", "1"), ("true", "2")])
 def test_two_processes_end_where_one_does(
-    recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path, shard: str
+    recipe: Path, one: dict[str, torch.Tensor], tmp_path: Path, shard: str, passes: str
 ) -> None:
-    done = distil(recipe, 2, "--output_dir", str(tmp_path), "--run.shard", shard)
+    flags = ("--run.shard", shard, "--run.gradient_accumulation_steps", passes)
+    done = distil(recipe, 2, "--output_dir", str(tmp_path), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_learnt_the_same(recipe, one, weights(tmp_path / "student"))
 
 
+GOES_ON = "2/4 [00:00<?"  # the progress bar of a stage that begins with its third step
 DIES_ONCE = """
 import os, sys, threading, time
 from pathlib import Path
@@ -115,6 +117,7 @@ def test_a_process_that_dies_is_started_again_and_nothing_is_lost(
     done = launch(2, str(script), "distill", str(recipe), "--output_dir", str(run), restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"exitcode *: *9", done.stderr), "the process did die"
+    assert GOES_ON in done.stderr
     assert_learnt_the_same(recipe, one, weights(run / "student"))
 
 
@@ -128,6 +131,7 @@ def test_what_two_sharded_processes_began_one_may_finish(
     assert not (run / "student").exists()
     done = distil(recipe, 1, "--output_dir", str(run))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert GOES_ON in done.stderr
     assert_learnt_the_same(recipe, one, weights(run / "student"))
 
 
@@ -139,7 +143,7 @@ from tiny import STUDENT, tiny_denoiser
 
 PartialState(cpu=True)
 given = tiny_denoiser(STUDENT)
-twin = sharded(given)
+twin = sharded(given, torch.device("cpu"))
 for ours, theirs in zip(twin.parameters(), given.parameters(), strict=True):
     assert torch.equal(whole(ours), theirs)
 here = sum(p.to_local().numel() for p in twin.parameters())

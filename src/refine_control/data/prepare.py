@@ -23,8 +23,8 @@ def prepare(
 
     skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
     """
-    out.mkdir(parents=True, exist_ok=True)
     dataset = open_dataset(source, split, lenient=skip_corrupt)
+    out.mkdir(parents=True, exist_ok=True)
     for reason in getattr(dataset, "faults", ()):
         print(f"skipped: {reason}", file=sys.stderr)
 

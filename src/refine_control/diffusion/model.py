@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
         torch._dynamo.config.recompile_limit = 64  # each size of a layer is a recompilation
         torch._functorch.config.donated_buffer = False  # else each term's own gradient cannot be measured
         for module in self.modules():
-            if type(module).__name__ in REPEATED:
+            if type(module).__name__ in REPEATED and module._compiled_call_impl is None:
                 module.compile()
 
     def forward(self, x_t: Tensor, t: Tensor, text: Text, control: Tensor | None = None) -> Tensor:

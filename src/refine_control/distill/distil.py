@@ -33,7 +33,7 @@ from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on, or as many as stage 1 has
+MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on, or as many as are trained on
 
 
 class Distiller:
@@ -45,8 +45,6 @@ class Distiller:
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
         self.teacher.denoiser.to(DTYPES[run.teacher_dtype])
-        if run.compile:
-            self.teacher.denoiser.compile_blocks()
         check_resolution(self.teacher, teacher, data)
         nets = self.teacher.denoiser.nets
         if nets and len(nets) != len(data.controls):
@@ -95,8 +93,6 @@ class Distiller:
         student.to(self.teacher.device)
         if recipe.run.gradient_checkpointing:
             student.checkpoint_activations()
-        if recipe.run.compile:
-            student.compile_blocks()
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         bridges = Bridges.between(recipe.alignment, ours, theirs).to(self.teacher.device)
@@ -107,7 +103,8 @@ class Distiller:
     def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
         stage = recipe.stage1
         loader, passes = self.loader(recipe, stage, "norms"), recipe.run.gradient_accumulation_steps
-        steps = range(min(-(-MEASURED_ROWS // stage.batch_size), max(1, stage.steps)))
+        longer = max(recipe.stage1.steps, recipe.stage2.steps, 1)
+        steps = range(min(-(-MEASURED_ROWS // stage.batch_size), longer))
         batches = (loader(step, part, passes) for step in steps for part in range(passes))
         features = teacher_features(bridges.teacher_points, self.teacher, self.encoder, stage, batches)
         bridges.measure(features, recipe.feature_norm)
@@ -120,6 +117,9 @@ class Distiller:
     def _train(
         self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, recipe: DistilRecipe
     ) -> None:
+        if recipe.run.compile:  # not before: probes of one picture would be compiled too
+            student.compile_blocks()
+            self.teacher.denoiser.compile_blocks()
         loader = self.loader(recipe, stage, folder.name)
         kept = self._kept_steps(recipe, stage, loader.seed, bridges)
         train(

@@ -19,9 +19,10 @@ from refine_control.recipe import DistilRecipe
 from refine_control.student.plan import build_student, cost, on_meta, plan_cost, probe
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-LEARNING = 4 * 5  # bytes a parameter: weight, gradient, two moments of AdamW, moving average, all fp32
+LEARNING = 4 * 3  # bytes a parameter: weight, gradient, moving average, all fp32
+MOMENTS = {False: 8, True: 2}  # the two of AdamW, in fp32 or in 8 bits
 SUSTAINED = 50  # TFLOP/s, for an example: about a third of what a 24 GB GPU of 2022 promises in bf16
-CHECKPOINT = 4 * 4  # the same without the gradient
+CHECKPOINT = 4 * 2  # weight and moving average, beside the moments
 FORWARDS = 3  # a forward and its backward cost about three forwards
 
 
@@ -31,8 +32,8 @@ class Footprint:
 
     frozen: weights of the teacher with its VAE and text encoders. learning: the student's and the bridges' weights,
     gradients, moments and moving averages. activations: what one pass of `rows` pictures keeps for its backward.
-    disk: two checkpoints and the saved student. latents, text: of one version of a picture and of one caption, where
-    data.cache_dir keeps them. Not counted: what lives shortly (a layer's workspace, the VAE's
+    checkpoint: one; disk: two of them and the saved student. latents, text: of one version of a picture and of one
+    caption, where data.cache_dir keeps them. Not counted: what lives shortly (a layer's workspace, the VAE's
     activations while latents are encoded) and the framework itself.
     """
 
@@ -40,6 +41,7 @@ class Footprint:
     frozen: int
     learning: int
     activations: int
+    checkpoint: int
     disk: int
     latents: int
     text: int
@@ -57,14 +59,16 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
     frozen = _parameters(teacher.denoiser) * BYTES[recipe.run.teacher_dtype] + sum(map(_parameters, parts)) * 4
     learning, activations = _one_pass(recipe, teacher, max(1, rows))
     x_t, _, text, _ = probe(teacher, "meta")
+    moments = MOMENTS[recipe.run.use_8bit_adam]
     samples = sum(stage.steps * stage.batch_size for stage in (recipe.stage1, recipe.stage2))
     student = plan_cost(recipe.student, teacher)
     return Footprint(
         rows=max(1, rows),
         frozen=frozen,
-        learning=learning * LEARNING,
+        learning=learning * (LEARNING + moments) // (processes if recipe.run.shard else 1),
         activations=activations,
-        disk=2 * learning * CHECKPOINT + 4 * student.parameters + 4 * sum(map(_parameters, parts)),
+        checkpoint=learning * (CHECKPOINT + moments),
+        disk=2 * learning * (CHECKPOINT + moments) + 4 * student.parameters + 4 * sum(map(_parameters, parts)),
         latents=4 * x_t.numel(),
         text=4 * sum(part.numel() for part in text if part is not None),
         macs=samples * (cost(teacher.denoiser, teacher).macs + FORWARDS * student.macs),
@@ -96,7 +100,7 @@ def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int
 
     Runs student and bridges on tensors without contents; weights are not counted again, casts of them are.
     """
-    half = recipe.run.mixed_precision == "bf16"
+    half = recipe.run.mixed_precision != "no"
     with FakeTensorMode():
         student = build_student(recipe.student, teacher).train()
         if recipe.run.gradient_checkpointing:

@@ -50,9 +50,9 @@ class Learner:
         self.start, state = checkpoint.read(newest) if newest else (0, {})
         if newest:
             _load(objective, state["trainable"], newest)
-        if run.shard:
-            self.network = self.objective = sharded(objective)
-            objective.to("cpu")  # until `finish`; the shards are what counts
+        self.sharded = run.shard and team.num_processes > 1
+        if self.sharded:
+            self.network = self.objective = sharded(objective, self.device)
         else:
             self.objective = objective
             features_alone = not (weights.get("task") or weights.get("output"))  # reach no network's last layer
@@ -73,14 +73,18 @@ class Learner:
     def backward(self, loss: Tensor) -> None:
         (loss * self.scale.value).backward()
 
-    def update(self, step: int) -> float:
-        """One step along the gradients that `backward` added up. Returns their norm before clipping.
+    def update(self, step: int, loss: Tensor) -> float:
+        """One step along the gradients that `backward` added up to. Returns their norm before clipping.
 
-        Where that is not finite no weight is changed; an fp16 loss is scaled down from then on.
+        Where that, or the loss, is not finite no weight is changed; if the gradients alone are not, an fp16 loss is
+        scaled down from then on (`scale.lowered`). Every process must call it.
         """
         if self.scale.value != 1:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale.value)
         norm = clip(self.parameters, self.stage.max_grad_norm)
+        if not math.isfinite(loss):
+            self.scale.lowered = False
+            return math.nan
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, self.stage)
@@ -101,10 +105,11 @@ class Learner:
         self.team.wait_for_everyone()
 
     def finish(self) -> None:
-        """Puts the averaged weights in place, in the objective as it was given."""
+        """Puts the averaged weights in place, in the objective as it was given. Nothing else can be called after."""
         _copy(map(whole, self.average), [p for p in self.given.parameters() if p.requires_grad])
+        del self.optimizer, self.parameters, self.average, self.objective, self.network
+        self.team.free_memory()  # shards too, which refer to each other
         self.given.to(self.device).eval()
-        self.team.free_memory()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -133,7 +138,7 @@ class Learner:
         for name, value in tensors.items():
             value = whole(value.detach() if isinstance(value, Tensor) else torch.tensor(value))
             if self.team.is_main_process:
-                gathered[name] = (value.cpu() if self.run.shard else value).contiguous()
+                gathered[name] = (value.cpu() if self.sharded else value).contiguous()
         return gathered
 
     def _restore(self, state: checkpoint.State, path: Path) -> None:

@@ -63,10 +63,10 @@ def train(
             asked = time.monotonic()
             passes, done = ahead(step), step + 1
             log.waited += time.monotonic() - asked
-            measured = step % run.grad_norm_every == 0 and not run.shard
+            measured = step % run.grad_norm_every == 0 and not learner.sharded
             with _memory_named(step):
                 means, norms = _accumulate(learner, passes, weights, measured)
-                norm = learner.update(step) if math.isfinite(means["loss"]) else math.nan
+                norm = learner.update(step, means["loss"])
             if not (math.isfinite(norm) or learner.scale.lowered):
                 raise _not_finite(step, means, passes)
             if done % run.log_every == 0 or step == 0 or norms:
@@ -77,7 +77,7 @@ def train(
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
             if done % run.checkpoint_every == 0 or done == stage.steps:
                 learner.save(done)
-            drawing = team.is_main_process and not run.shard
+            drawing = team.is_main_process and not learner.sharded
             if preview and drawing and (done % run.preview_every == 0 or done == stage.steps):
                 with learner.averaged():
                     preview(folder / f"preview-{done:06d}.png")
@@ -99,7 +99,7 @@ def _accumulate(
                 terms = learner.network(batch.to(learner.device))
             loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             if number == 0 and measured:
-                norms = _gradient_norms(terms, learner.parameters)
+                norms = _gradient_norms(terms, learner.parameters, learner.scale.value)
             learner.backward(loss / len(passes))
         for name, term in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + term.detach() / len(passes)
@@ -128,13 +128,13 @@ def _not_finite(step: int, means: Losses, passes: list[Batch]) -> UserError:
     return UserError(f"step {step}: loss or gradient is not finite ({named}); its pictures: {keys}")
 
 
-def _gradient_norms(terms: Losses, parameters: list[nn.Parameter]) -> dict[str, float]:
-    """The norm of each term's own gradient: which level really steers."""
+def _gradient_norms(terms: Losses, parameters: list[nn.Parameter], scale: float) -> dict[str, float]:
+    """The norm of each term's own gradient: which level really steers. scale: as of the loss, for fp16."""
     norms = {}
     for name, term in terms.items():
         if term.requires_grad:
-            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
+            grads = torch.autograd.grad(term * scale, parameters, retain_graph=True, allow_unused=True)
+            norms[name] = math.sqrt(sum(float((g.float() / scale).square().sum()) for g in grads if g is not None))
     return norms
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,6 +20,7 @@ from refine_control.data.batch import Batch
 from refine_control.errors import RecipeError, UserError
 from refine_control.recipe import RunConfig, StageConfig
 
+OWN = ("_modules", "_parameters", "_buffers")  # of a module
 BLOCK = re.compile(r"(^|\.)(down_blocks\.\d+|mid_block|up_blocks\.\d+)$")  # what is gathered at a time
 
 
@@ -84,18 +86,21 @@ def share_out(batches: Batches, stage: StageConfig, run: RunConfig, team: Accele
     return lambda step: [batches(step, part, parts) for part in mine]
 
 
-def sharded(objective: nn.Module) -> nn.Module:
+def sharded(objective: nn.Module, device: torch.device) -> nn.Module:
     """A twin of the objective whose weights lie spread over all processes (FSDP, Zhao et al. 2023, 2304.11277).
 
     Each block's weights are gathered while it runs. What is no submodule, such as the teacher, is shared with the twin.
+    The objective itself is moved to the CPU.
     """
-    twin = copy.copy(objective)
-    twin.__dict__ |= copy.deepcopy({name: objective.__dict__[name] for name in ("_modules", "_parameters", "_buffers")})
+    twin = copy.copy(objective.to("cpu"))
+    own = {name: value for name, value in vars(objective).items() if name in OWN or name.endswith("_hooks")}
+    vars(twin).update(copy.deepcopy(own))
+    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
     for name, module in list(twin.named_modules()):
         if BLOCK.search(name):
-            fully_shard(module)
-    fully_shard(twin)
-    return twin
+            fully_shard(module, mesh=mesh)  # moves it to the device
+    fully_shard(twin, mesh=mesh)
+    return twin.to(device)
 
 
 @contextmanager

@@ -67,8 +67,9 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     models: dict[str, Callable[[], Model]] = {"teacher": lambda: load(name, controlnets=nets)}
     for row in rows:
         models[row] = partial(load, str(out / row / f"seed-{seeds[0]}/student"))
-    weights = {row: result["settings"]["model"] for (row, seed), result in results.items() if seed in (0, seeds[0])}
-    latency = _latency_once(out / "latency.json", models, {"weights": weights, "machine": machine()})
+    timed = [("teacher", 0), *((row, seeds[0]) for row in rows)]
+    weights = [results[key]["settings"]["model"] for key in timed]
+    latency = _latency_once(out / "latency.json", models, {"rows": list(models), "weights": weights, "on": machine()})
     scores = {name: _summary(name, results, latency[name]) for name in ("teacher", *rows)}
     first = results["teacher", 0]["domains"]["labelled"]
     table: dict[str, Any] = {name: _flat(summary) for name, summary in scores.items()}
