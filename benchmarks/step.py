@@ -66,7 +66,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     overrides = {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
     overrides |= {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "run.log_every": "1"}
-    recipe = load(DistilRecipe, args.recipe, overrides | {"stage1.steps": str(args.steps)})
+    recipe = load(DistilRecipe, args.recipe, overrides | {"stage1.steps": str(args.steps), "stage2.steps": "0"})
     result = measure(recipe, args.steps)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -21,9 +21,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> DistilRecipe:
     return distil_recipe(tmp_path_factory.mktemp("footprint"), 4, 4, stage1=stage(3), stage2=stage(2))
 
 
-def varied(recipe: DistilRecipe, **run: object) -> Footprint:
+def varied(recipe: DistilRecipe, processes: int = 1, **run: object) -> Footprint:
     changed = recipe.model_copy(update={"run": recipe.run.model_copy(update=run)})
-    return footprint(changed, plan_teacher(recipe.teacher))
+    return footprint(changed, plan_teacher(recipe.teacher), processes)
 
 
 def test_activations_are_those_of_a_real_pass(recipe: DistilRecipe) -> None:
@@ -69,8 +69,8 @@ def test_what_saves_memory_saves_it(recipe: DistilRecipe) -> None:
     plain, eight = varied(recipe), varied(recipe, use_8bit_adam=True)
     assert eight.learning == pytest.approx(plain.learning * (20 - 6) / 20)
     assert eight.checkpoint == pytest.approx(plain.checkpoint * (16 - 6) / 16)
-    assert footprint_of_two(recipe, shard=True).learning == pytest.approx(plain.learning / 2, abs=1)
-    assert footprint_of_two(recipe).learning == plain.learning
+    assert varied(recipe, 2, shard=True).learning == pytest.approx(plain.learning / 2, abs=1)
+    assert varied(recipe, 2).learning == plain.learning
 
 
 def test_nothing_is_left_behind(recipe: DistilRecipe, tmp_path: Path) -> None:
