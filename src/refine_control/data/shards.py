@@ -261,12 +261,12 @@ def _index(shard: Path) -> dict[str, Members]:
 
 def _split(member: tarfile.TarInfo, shard: Path) -> tuple[str, str]:
     """A member's (key, ending); raises DataError for one that is not a plain file inside the tar."""
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or not path.name:
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]  # pathlib interns what it splits
+    if member.name.startswith("/") or ".." in parts or not parts:
         raise DataError(f"{shard}: member {member.name!r} leaves the shard; write relative names without '..'")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         raise DataError(f"{shard}: member {member.name!r} is not a regular file; write only files into the tar")
-    stem, _, ending = path.name.partition(".")
+    stem, _, ending = parts[-1].partition(".")
     if not stem:
         raise DataError(f"{shard}: member {member.name!r} has no key before its first dot; rename or remove it")
-    return (path.parent / stem).as_posix(), ending.lower()
+    return "/".join([*parts[:-1], stem]), ending.lower()
