@@ -8,13 +8,13 @@ The ways take turns on each batch of the second pass over the batches; the first
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from common import overrides_of, quartiles, write
 from refine_control.diffusion.encode import Encoder
 from refine_control.distill.distil import Distiller
 from refine_control.distill.stages import Distillation
@@ -28,13 +28,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-cache.json"))
     args, rest = parser.parse_known_args()
-    overrides = {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    overrides = overrides_of(rest)
     with tempfile.TemporaryDirectory() as folder:
         overrides |= {"data.cache_dir": folder, "data.teacher_cache_gb": "4"}
         result = measure(load(DistilRecipe, args.recipe, overrides), args.steps)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(result, args.out)
 
 
 def measure(recipe: DistilRecipe, count: int) -> dict:
@@ -66,12 +64,7 @@ def measure(recipe: DistilRecipe, count: int) -> dict:
     return {
         "open_and_fill_seconds": opened,
         "step_ms": {name: float(np.median(seconds) * 1e3) for name, seconds in taken.items()},
-        "step_over_nothing_kept": {
-            name: {
-                q: float(np.percentile(seconds / everything, p)) for q, p in (("low", 25), ("median", 50), ("high", 75))
-            }
-            for name, seconds in taken.items()
-        },
+        "step_over_nothing_kept": {name: quartiles(seconds / everything) for name, seconds in taken.items()},
         "steps": count,
         "batch_size": stage.batch_size,
         "machine": machine(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from skimage import data
 
+from common import write
 from refine_control.data.example import Example
 from refine_control.data.images import encode_webp, fit_square
 from refine_control.data.loader import Pictures
@@ -42,9 +42,7 @@ def main() -> None:
         **index_cost(20_000),
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(result, args.out)
 
 
 def bytes_each(photos: list[np.ndarray], quality: int | None) -> float:

@@ -61,9 +61,8 @@ def main() -> None:
 def write_random_teacher(folder: Path) -> None:
     """SD 1.5 and its inpainting ControlNet as a stock pipeline's folder: the published configs, random fp16 weights."""
     torch.manual_seed(0)
-    unet = SD15_UNET | {"_class_name": "UNet2DConditionModel"}
     parts = {
-        "unet": lambda: UNet2DConditionModel.from_config(unet),
+        "unet": lambda: UNet2DConditionModel.from_config(SD15_UNET),
         "controlnet": lambda: ControlNetModel.from_config(controlnet(SD15_UNET)),
         "vae": lambda: AutoencoderKL.from_config(VAE),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),

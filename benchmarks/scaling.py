@@ -17,6 +17,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from common import write
 from refine_control.evaluate.compare import machine
 
 WARM = 10  # steps left out: they meet every picture, and encode latents and captions that are kept afterwards
@@ -53,9 +54,7 @@ def main() -> None:
         "steps": args.steps - WARM,
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(result, args.out)
 
 
 def seconds_per_step(recipe: Path, count: int, shard: bool, rows: int, steps: int, rest: list[str]) -> float:

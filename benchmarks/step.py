@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import overrides_of, quartiles, write
 from refine_control.data.batch import Batch
 from refine_control.diffusion.text import Text
 from refine_control.distill.distil import Distiller
@@ -64,13 +65,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark-step.json"))
     args, rest = parser.parse_known_args()
-    overrides = {key.removeprefix("--"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    overrides = overrides_of(rest)
     overrides |= {"run.grad_norm_every": "1000000", "run.checkpoint_every": "1000000", "run.log_every": "1"}
     recipe = load(DistilRecipe, args.recipe, overrides | {"stage1.steps": str(args.steps), "stage2.steps": "0"})
     result = measure(recipe, args.steps)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(result, args.out)
 
 
 def measure(recipe: DistilRecipe, count: int) -> dict:
@@ -105,7 +104,7 @@ def measure(recipe: DistilRecipe, count: int) -> dict:
     return {
         "step_ms": float(np.median(steps) * 1e3),
         "floor_ms": float(np.median(floors) * 1e3),
-        "step_over_floor": {q: float(np.percentile(ratios, p)) for q, p in (("low", 25), ("median", 50), ("high", 75))},
+        "step_over_floor": quartiles(ratios),
         "share_waiting_for_data": float(waited / steps.sum()),
         "peak_memory_gb": peak_memory_gb(),
         "workers": recipe.run.workers,

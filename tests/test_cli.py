@@ -243,22 +243,24 @@ def test_scores_of_pictures_that_were_trained_on_are_called_so(
     assert capsys.readouterr().err.count("pictures that were trained on") == 2
 
 
+def refused_filling(capsys: pytest.CaptureFixture[str], model: Path, folder: Path, size: tuple[int, int]) -> str:
+    """A picture of a size, an empty mask of 16x16; nothing is written."""
+    Image.new("RGB", size).save(folder / "picture.png")
+    Image.new("L", (16, 16)).save(folder / "mask.png")
+    files = ("--image", str(folder / "picture.png"), "--mask", str(folder / "mask.png"))
+    line = refused(capsys, "generate", "--model", str(model), *files, "--out", str(folder / "o.png"))
+    assert not (folder / "o.png").exists()
+    return line
+
+
 def test_a_mask_without_a_hole_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
-    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
-    files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
-    line = refused(capsys, "generate", "--model", str(workplace / "teacher"), *files, "--out", str(tmp_path / "o.png"))
-    assert "has no white at 16x16" in line
+    assert "has no white at 16x16" in refused_filling(capsys, workplace / "teacher", tmp_path, (16, 16))
 
 
 def test_mask_of_another_size_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGB", (20, 16)).save(tmp_path / "picture.png")
-    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
-    files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
-    line = refused(capsys, "generate", "--model", str(workplace / "teacher"), *files, "--out", str(tmp_path / "o.png"))
+    line = refused_filling(capsys, workplace / "teacher", tmp_path, (20, 16))
     assert "16x16" in line
     assert "20x16" in line
-    assert not (tmp_path / "o.png").exists()
 
 
 def test_a_full_disk_ends_in_one_line(

@@ -205,7 +205,7 @@ def _data(args: argparse.Namespace) -> None:
     unusable = total = 0
     for split in [args.split] if args.split else splits_of(args.folder):
         dataset = open_dataset(args.folder, split, lenient=True)
-        lines, broken = getattr(dataset, "faults", []), dict(check(dataset))
+        lines, broken = dataset.faults, dict(check(dataset))
         faults = [*lines, *broken.values()]
         for reason in faults:
             print(reason)

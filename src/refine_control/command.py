@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=_Help,
             allow_abbrev=False,
         )
-        added.set_defaults(run=each.run, takes_overrides=each.takes_overrides)
+        added.set_defaults(run=each.run)
         for names, options in each.flags:
             added.add_argument(*names, **options)
     return whole

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from refine_control.data.example import Example
 from refine_control.data.images import FitMode, fit_square, fit_square_mask
 from refine_control.data.shards import write_shards
-from refine_control.data.source import open_dataset
+from refine_control.data.source import open_usable
 from refine_control.errors import DataError
 
 
@@ -23,10 +23,8 @@ def prepare(
 
     skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
     """
-    dataset = open_dataset(source, split, lenient=skip_corrupt)
+    dataset = open_usable(source, split, skip_corrupt)
     out.mkdir(parents=True, exist_ok=True)
-    for reason in getattr(dataset, "faults", ()):
-        print(f"skipped: {reason}", file=sys.stderr)
 
     def brought() -> Iterator[Example]:
         for index in tqdm(range(len(dataset)), desc="preparing", unit="image"):

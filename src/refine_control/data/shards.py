@@ -81,6 +81,7 @@ class ShardDataset:
     def __init__(self, shards: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
         self.shards = [Path(shard) for shard in shards]
         self.max_pixels = max_pixels
+        self.faults: list[str] = []  # as of a FolderDataset: shards have no lines that could be left out
         self._entries = Entries()
         for number, shard in enumerate(self.shards):
             for key, members in _index(shard).items():

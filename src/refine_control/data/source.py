@@ -1,5 +1,6 @@
 """A path from a recipe -> the dataset that reads it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def open_dataset(
     if others := [name for name in SPLITS if (folder / name).is_dir()]:
         raise DataError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
     return FolderDataset(folder, max_pixels, lenient)
+
+
+def open_usable(path: str | Path, split: str, skip_corrupt: bool) -> FolderDataset | ShardDataset:
+    """As `open_dataset`; with skip_corrupt, lines of the metadata that cannot be used are listed and left out."""
+    dataset = open_dataset(path, split, lenient=skip_corrupt)
+    for reason in dataset.faults:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return dataset
 
 
 def splits_of(path: str | Path) -> list[str]:

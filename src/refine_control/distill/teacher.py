@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from refine_control.data.batch import Batch
-from refine_control.data.folders import FolderDataset
 from refine_control.data.loader import Loader, Pictures
-from refine_control.data.shards import ShardDataset
-from refine_control.data.source import open_dataset
+from refine_control.data.source import open_usable
 from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
@@ -54,21 +51,16 @@ def open_pictures(
 ) -> tuple[Pictures, Pictures | None]:
     """The labelled and the plain data set of a recipe, at its resolution."""
     variants = variants or data.variants
-    labelled = Pictures(_opened(data.labelled, split, data), data, variants, data.labelled_limit)
+    labelled = Pictures(open_usable(data.labelled, split, data.skip_corrupt), data, variants, data.labelled_limit)
     if not any(labelled.text(index) for index in range(labelled.examples)):
         raise DataError(
             f"no picture of '{data.labelled}' has a caption; give each a 'text' in its metadata.jsonl, "
             "or name the folder data.unlabelled"
         )
-    unlabelled = Pictures(_opened(data.unlabelled, split, data), data, variants) if data.unlabelled else None
+    unlabelled = (
+        Pictures(open_usable(data.unlabelled, split, data.skip_corrupt), data, variants) if data.unlabelled else None
+    )
     return labelled, unlabelled
-
-
-def _opened(path: str, split: str, data: DataConfig) -> FolderDataset | ShardDataset:
-    dataset = open_dataset(path, split, lenient=data.skip_corrupt)
-    for reason in getattr(dataset, "faults", ()):
-        print(f"skipped: {reason}", file=sys.stderr)
-    return dataset
 
 
 def check_resolution(model: Model, name: str, data: DataConfig) -> None:

@@ -52,7 +52,8 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     tested = open_pictures(data, config.split, variants=1)
     for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
         if pictures is not None:
-            if set(pictures.dataset.files()) & set(open_dataset(getattr(data, name)).files()):
+            trained_on = open_dataset(getattr(data, name), lenient=data.skip_corrupt).files()
+            if set(pictures.dataset.files()) & set(trained_on):
                 print(
                     f"refine-control: '{getattr(data, name)}' has no split '{config.split}' of its own: "
                     "these scores are of pictures that were trained on",
