@@ -1,0 +1,89 @@
+"""How far an exported model is from torch: graph by graph on fixed inputs, and by the scores of what it draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from refine_control.data.batch import derive_seed
+from refine_control.data.loader import Pictures
+from refine_control.data.source import open_usable
+from refine_control.diffusion.sample import paste
+from refine_control.evaluate.features import efficientnet_lite0
+from refine_control.evaluate.heldout import HeldOut
+from refine_control.evaluate.score import Reference
+from refine_control.export.graph import Graph
+from refine_control.export.onnx import Feed
+from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
+from refine_control.runtime import Student, noise
+
+FP32_BOUND = 1e-4
+MOST_LOSS = 0.02  # of a score, through int8
+HIGHER_IS_BETTER = ("psnr", "ssim")
+
+
+def graph_error(graph: Graph, student: Student) -> float:
+    """The largest difference from torch, in units of the largest number that torch gives, of 1 where that is less."""
+    inputs = {name: tensor.numpy() for name, tensor in graph.inputs.items()}
+    got = student.run(graph.name, **inputs)
+    return max(
+        float(np.abs(ours - theirs.numpy()).max() / max(1.0, theirs.abs().max().item()))
+        for ours, theirs in zip(got, graph.expected(), strict=True)
+    )
+
+
+def open_heldout(folder: str, split: str, images: int, resolution: int) -> HeldOut:
+    """Pictures with masks and captions, chosen as `refine-control evaluate` chooses them."""
+    data = DataConfig(labelled=folder, resolution=resolution)
+    pictures = Pictures(open_usable(folder, split, lenient=True), data, variants=1)
+    return HeldOut.choose(split, pictures, True, MaskConfig(), EvaluateConfig(split=split, images=images))
+
+
+def draw(student: Student, heldout: HeldOut, config: SampleConfig) -> Tensor:
+    """What an exported model makes of every masked picture, from the noise that `HeldOut.draw` starts from:
+    (N, 3, S, S) in [0, 1], known pixels pasted back."""
+    batch, drawn = heldout.batch, []
+    has_module = "condition" in student.manifest["graphs"]
+    for row in tqdm(range(len(batch)), desc="drawing", unit="picture", leave=False):
+        latents = noise(derive_seed("noise", config.seed, row), (1, *student.manifest["latent_shape"]))
+        control = batch.control[row : row + 1].numpy() if has_module else None
+        drawn.append(
+            student.sample(control, batch.captions[row], config.num_inference_steps, config.guidance_scale, latents)
+        )
+    whole = torch.from_numpy(np.concatenate(drawn))
+    return (paste(whole, batch.image, batch.mask) + 1) / 2
+
+
+def calibration_feeds(student: Student, heldout: HeldOut, config: SampleConfig) -> dict[str, list[Feed]]:
+    """What every graph is given while the student draws: {graph: [inputs, ...]}."""
+    feeds: dict[str, list[Feed]] = {name: [] for name in student.manifest["graphs"]}
+    run = student.run
+
+    def recorded(graph: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        feeds[graph].append(inputs)
+        return run(graph, **inputs)
+
+    student.run = recorded  # type: ignore[method-assign]
+    try:
+        draw(student, heldout, config)
+    finally:
+        student.run = run  # type: ignore[method-assign]
+    return feeds
+
+
+def reference_of(heldout: HeldOut) -> Reference:
+    return Reference(heldout.true, heldout.batch.mask, efficientnet_lite0())
+
+
+def losses(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """How much worse each score of the hole became, as a part of what it was: 0.02 is two percent."""
+    return {
+        name: (before[name]["hole"] - after[name]["hole"])
+        * (1 if name in HIGHER_IS_BETTER else -1)
+        / abs(before[name]["hole"])
+        for name in before
+    }
