@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and s
 Arrays = dict[str, np.ndarray]
 
 
-class RuntimeFault(ValueError):
+class ExportError(ValueError):
     """A folder or a file that cannot be used; the message names it and the mend."""
 
 
@@ -40,7 +40,7 @@ class Scheduler:
         """int64 (steps,), falling."""
         total, spacing = len(self.abar), self.config["timestep_spacing"]
         if not 1 <= steps <= total:
-            raise RuntimeFault(f"{steps} inference steps are not between 1 and {total}")
+            raise ExportError(f"{steps} inference steps are not between 1 and {total}")
         if spacing == "trailing":
             return np.round(np.arange(total, 0, -total / steps)).astype(np.int64) - 1
         if spacing == "linspace":
@@ -95,7 +95,7 @@ class Student:
         """threads: of a graph; the cores there are, without.
 
         Raises:
-            RuntimeFault: no exported folder, of another format, with a file missing or cut off, or its engine is not
+            ExportError: no exported folder, of another format, with a file missing or cut off, or its engine is not
                 installed.
         """
         self.folder = Path(folder)
@@ -178,13 +178,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RuntimeFault(f"'{folder}' is no exported model: {MANIFEST}: {error}; give what export wrote") from None
+        raise ExportError(f"'{folder}' is no exported model: {MANIFEST}: {error}; give what export wrote") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RuntimeFault(f"'{folder}' is of another format than {FORMAT}; export the model again")
+        raise ExportError(f"'{folder}' is of another format than {FORMAT}; export the model again")
     for name, size in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
-            raise RuntimeFault(f"'{path}' is missing or cut off (not {size} bytes); copy or export it again")
+            raise ExportError(f"'{path}' is missing or cut off (not {size} bytes); copy or export it again")
     return manifest
 
 
@@ -197,18 +197,18 @@ def read_square(path: Path, side: int, mask: bool = False) -> np.ndarray:
     """A file's middle square: uint8 (side, side, 3), transparency over white; of a mask (side, side), 1 = to fill.
 
     Raises:
-        RuntimeFault: it cannot be decoded, or has more than MAX_PIXELS.
+        ExportError: it cannot be decoded, or has more than MAX_PIXELS.
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
             if width * height > MAX_PIXELS:
-                raise RuntimeFault(f"'{path}': {width}x{height} is more than {MAX_PIXELS} pixels; make it smaller")
+                raise ExportError(f"'{path}': {width}x{height} is more than {MAX_PIXELS} pixels; make it smaller")
             image = ImageOps.exif_transpose(file).convert("RGBA")
-    except RuntimeFault:
+    except ExportError:
         raise
     except Exception as error:  # PIL's decoders raise nearly every type on a broken file
-        raise RuntimeFault(f"'{path}' cannot be decoded: {' '.join(str(error).split())[:160]}") from None
+        raise ExportError(f"'{path}' cannot be decoded: {' '.join(str(error).split())[:160]}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     least = min(image.size)
     left, top = (image.width - least) / 2, (image.height - least) / 2
@@ -233,9 +233,9 @@ def _open(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]:
     try:
         return _open_openvino(path, threads) if path.suffix == ".xml" else _open_onnx(path, threads)
     except ImportError as error:
-        raise RuntimeFault(f"'{path.name}' needs {error.name}; pip install {error.name}") from None
+        raise ExportError(f"'{path.name}' needs {error.name}; pip install {error.name}") from None
     except RuntimeError as error:
-        raise RuntimeFault(f"'{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise ExportError(f"'{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
 
 
 def _open_onnx(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]:
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         student = Student(args.model)
         picture, hole = (read_square(path, student.side, path is args.mask) for path in (args.image, args.mask))
         filled = student.fill(picture, hole, args.prompt, args.num_inference_steps, args.guidance_scale, args.seed)
-    except RuntimeFault as error:
+    except ExportError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
     Image.fromarray(filled).save(args.out)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from refine_control.student.plan import cost
 
 Target = Literal["onnx", "openvino", "web"]
 Precision = Literal["fp32", "fp16", "int8"]
-QUANTIZED = ("condition", "denoiser", "vae_decoder")  # the others run once a picture and stay in half precision
+QUANTIZED = ("denoiser", "vae_decoder")  # the others cost little and lose much; they stay in half precision
 CALIBRATED_ON, SCORED_ON = 24, 192
 
 
@@ -35,23 +36,26 @@ def export_model(
     precision: Precision,
     out: Path,
     data: str = "data/emoji",
-    sample: SampleConfig | None = None,
+    controlnets: Sequence[str] = (),
     title: str | None = None,
 ) -> dict[str, Any]:
     """Writes the exported model to `out`, or for the web to out/models/TITLE with the page around it.
 
+    controlnets: saved on their own; they replace the pipeline's. title: the model's name there, its own without.
     data: pictures to calibrate int8 with (split train) and to see its effect on (split test).
     Returns the manifest, which holds the differences from torch ("parity") and of int8 the effect ("quality").
 
     Raises:
-        ModelError: a part of the model cannot be exported; it is named. `out` holds other files.
-        DataError: int8, and `data` cannot be read.
+        ModelError: a part of the model cannot be exported; it is named. DataError: int8, and `data` cannot be read.
+        UserError: `out` holds other files, or the title has other characters than letters, digits, '.', '_', '-'.
     """
-    sample = sample or SampleConfig()
+    sample = SampleConfig()
     title = title or name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", title):
+        raise UserError(f"'{title}' is no name for an exported model; give --name, of letters, digits, '.', '_', '-'")
     final = out / "models" / title if to == "web" else out
     _refuse_other_files(out, to)
-    model = load(name).freeze()
+    model = load(name, controlnets=controlnets).freeze()
     try:
         graphs = graphs_of(model)
         manifest = _describe(model, title, to, precision, sample)
@@ -177,6 +181,23 @@ def _finish(
     }
     write_whole(folder / runtime.MANIFEST, json.dumps(manifest, indent=1))
     return manifest
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What was written and measured, as lines to print."""
+    errors, files = manifest["parity"], manifest["files"]
+    lines = [f"{'graph':14}{'MB':>8}  largest difference from torch"]
+    for name, graph in manifest["graphs"].items():
+        size = sum(size for file, size in files.items() if file.partition(".")[0] == Path(graph["file"]).stem)
+        lines.append(f"{name:14}{size / 1e6:8.2f}  {errors[name]:.1e}")
+    lines.append(f"{'all files':14}{sum(files.values()) / 1e6:8.2f}")
+    if quality := manifest.get("quality"):
+        lines += ["", f"of {quality['provenance']['n']} pictures of {quality['data']}, in the hole:"]
+        for metric, loss in quality["loss"].items():
+            before, after = quality["fp32"][metric]["hole"], quality["int8"][metric]["hole"]
+            verdict = f"MORE THAN {parity.MOST_LOSS:.0%} WORSE" if loss > parity.MOST_LOSS else ""
+            lines.append(f"{metric:26} fp32 {before:10.4f}  int8 {after:10.4f}  loss {loss:+7.2%}  {verdict}".rstrip())
+    return "\n".join(lines)
 
 
 def _refuse_other_files(out: Path, to: Target) -> None:

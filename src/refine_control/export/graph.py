@@ -65,6 +65,8 @@ def graphs_of(model: Model, rows: int = 2, seed: int = 0) -> dict[str, Graph]:
     said = dict(zip(text.outputs, text.expected(), strict=True))
     inputs = {"x_t": random(rows, channels, latent, latent), "t": torch.linspace(900, 100, rows), **said}
     if model.denoiser.nets:
+        if model.denoiser.control_channels != 3:
+            raise ModelError(f"it takes {model.denoiser.control_channels // 3} control pictures; export knows one")
         if any(net.config.controlnet_conditioning_channel_order != "rgb" for net in model.denoiser.nets):
             raise ModelError("its ControlNet takes blue first; export knows controlnet_conditioning_channel_order rgb")
         control = {"control": random(rows, model.denoiser.control_channels, side, side)}

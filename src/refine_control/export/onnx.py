@@ -63,7 +63,7 @@ def _export(graph: Graph, path: Path, dynamo: bool) -> None:
 
 
 def _forget_origins(path: Path) -> None:
-    """Drops the line of Python that each node came from: a tenth of a small graph's bytes, and paths of this machine."""
+    """Drops the line of Python that each node came from: a tenth of a small graph's bytes, and this machine's paths."""
     model = onnx.load(path, load_external_data=False)
     for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         del part.metadata_props[:]
@@ -93,14 +93,14 @@ def copy(source: Path, path: Path) -> None:
     _save(onnx.load(source), path)
 
 
-def quantize(source: Path, path: Path, feeds: Sequence[Feed], kept: Sequence[str] = ()) -> None:
+def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
     """Weights and activations as int8 (one scale a channel and one a tensor), by the ranges that `feeds` reach.
 
-    kept: names of nodes that stay as they are.
+    The convolutions at both ends stay as they are: small, and what they round every later layer sees.
     """
     with tempfile.TemporaryDirectory() as name:
         prepared = Path(name) / "prepared.onnx"
-        shape_inference.quant_pre_process(source, prepared)
+        shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
             path,
@@ -110,7 +110,7 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed], kept: Sequence[str
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*kept],
+            nodes_to_exclude=_ends(prepared),
         )
 
 
@@ -122,10 +122,12 @@ class _Feeds(CalibrationDataReader):
         return next(self._left, None)
 
 
-def layers(path: Path) -> list[str]:
-    """The names of the nodes that `quantize` would turn, in the order of computation."""
-    model = onnx.load(path, load_external_data=False)
-    return [node.name for node in model.graph.node if node.op_type in QUANTIZED]
+def _ends(path: Path) -> list[str]:
+    """The names of the convolutions that read an input of the graph, and of the first and the last of all."""
+    graph = onnx.load(path).graph
+    inputs = {each.name for each in graph.input}
+    found = [node for node in graph.node if node.op_type == "Conv"]
+    return [node.name for node in found if node in (found[0], found[-1]) or node.input[0] in inputs]
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from refine_control.export.onnx import Feed
 
@@ -17,17 +16,12 @@ def convert(source: Path, path: Path, half: bool) -> None:
     openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=half)
 
 
-def quantize(source: Path, path: Path, feeds: Sequence[Feed], kept: Sequence[str] = ()) -> None:
-    """NNCF's post-training int8 of weights and activations, by the ranges that `feeds` reach.
-
-    kept: names of nodes that stay as they are.
-    """
+def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
+    """NNCF's post-training int8 of weights and activations, by the ranges that `feeds` reach."""
     import nncf
     import openvino
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(feeds)}
-    if kept:
-        options["ignored_scope"] = nncf.IgnoredScope(names=[*kept], validate=False)
-    quantized = nncf.quantize(openvino.convert_model(source), nncf.Dataset([*feeds]), **options)
+    dataset, preset = nncf.Dataset([*feeds]), nncf.QuantizationPreset.MIXED
+    quantized = nncf.quantize(openvino.convert_model(source), dataset, preset=preset, subset_size=len(feeds))
     openvino.save_model(quantized, path, compress_to_fp16=True)

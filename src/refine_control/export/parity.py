@@ -39,7 +39,7 @@ def graph_error(graph: Graph, student: Student) -> float:
 def open_heldout(folder: str, split: str, images: int, resolution: int) -> HeldOut:
     """Pictures with masks and captions, chosen as `refine-control evaluate` chooses them."""
     data = DataConfig(labelled=folder, resolution=resolution)
-    pictures = Pictures(open_usable(folder, split, lenient=True), data, variants=1)
+    pictures = Pictures(open_usable(folder, split, skip_corrupt=True), data, variants=1)
     return HeldOut.choose(split, pictures, True, MaskConfig(), EvaluateConfig(split=split, images=images))
 
 

@@ -1,0 +1,39 @@
+"""The command line: the only room that knows every other. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from refine_control.cli import distilling, edge, models  # noqa: F401  each registers its commands
+from refine_control.command import parser, split_overrides
+from refine_control.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake in what we were given, 130 stopped by Ctrl-C; run again to go on."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses 4-bit kernels that nobody asked for
+    whole = parser()
+    try:
+        words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        args, rest = whole.parse_known_args(words)
+        if rest:
+            whole.error(f"unknown argument: {rest[0]}; see refine-control {args.command} --help")
+        args.overrides = overrides
+        args.run(args)
+    except UserError as error:
+        print(f"refine-control: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder we may not write to
+        place = error.filename or "disk"
+        reason = error.strerror or error
+        print(f"refine-control: {reason}: {place}; make room or choose another place", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrefine-control: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,263 @@
+"""The page as somebody uses it: by mouse, by touch, by keyboard, with files that are no pictures, where things fail."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from refine_control import runtime
+from serve.conftest import MODEL, SIDE, Look, example
+
+pytestmark = pytest.mark.slow
+Looking = Callable[..., Look]
+
+
+def python_fills(site: Path, look: Look, picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    value = look.page.input_value
+    student = runtime.Student(site / "models" / MODEL, threads=1)
+    steps, guidance, seed = int(value("#steps")), float(value("#guidance")), int(value("#seed"))
+    return student.fill(picture, hole, value("#prompt"), steps, guidance, seed)
+
+
+def agrees(site: Path, look: Look, filled: np.ndarray, picture: np.ndarray, hole: np.ndarray) -> None:
+    """Outside the hole nothing changed, and inside it is what Python draws."""
+    assert hole.any()
+    assert not hole.all()
+    assert (filled[hole == 0] == picture[hole == 0]).all()
+    assert (filled[hole == 1] != picture[hole == 1]).any()
+    expected = python_fills(site, look, picture, hole)
+    assert np.abs(filled.astype(int) - expected).max() <= 2
+
+
+def middle(look: Look, selector: str) -> tuple[float, float, float]:
+    """x and y of its middle, and its width."""
+    look.page.locator(selector).scroll_into_view_if_needed()
+    box = look.page.locator(selector).bounding_box()
+    assert box
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, box["width"]
+
+
+def test_a_stroke_is_filled_as_python_fills_it_and_nobody_is_asked(site: Path, look: Looking) -> None:
+    seen = look(site)
+    assert f"{MODEL} is ready" in seen.wait("ready")
+    seen.page.locator("#examples button").nth(1).click()
+    assert seen.page.input_value("#prompt") == "3d red apple"
+    before = seen.hole(example(1))
+    x, y, width = middle(seen, "#hole")
+    seen.page.mouse.move(x - 0.4 * width, y - 0.4 * width)
+    seen.page.mouse.down()
+    seen.page.mouse.move(x, y - 0.3 * width, steps=5)
+    seen.page.mouse.up()
+    seen.page.mouse.move(0, 0)
+    hole = seen.hole(example(1))
+    assert hole.sum() > before.sum() + 20
+    seen.page.fill("#seed", "7")
+    asked = len(seen.requests)
+    agrees(site, seen, seen.fill(), example(1), hole)
+    assert seen.requests[asked:] == [], "filling asks nobody"
+    assert all(url.startswith((seen.url, f"blob:{seen.url}")) for url in seen.requests)
+    assert seen.complaints == []
+    assert "ms" in seen.text("#results figcaption")
+    assert "a step" in seen.text("#models label >> nth=0")
+
+
+def test_a_phone_paints_by_touch_and_scrolls_only_down(site: Path, look: Looking) -> None:
+    seen = look(site, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    seen.wait("ready")
+    seen.page.click("#clear")
+    assert "Paint over" in seen.text("#status")
+    x, y, width = middle(seen, "#hole")
+    finger = seen.page.context.new_cdp_session(seen.page)
+    for kind, shift in [("touchStart", -0.2), ("touchMove", 0.0), ("touchMove", 0.2), ("touchEnd", None)]:
+        points = [] if shift is None else [{"x": x + shift * width, "y": y}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    hole = seen.hole(example(0))
+    assert hole[SIDE // 2, 12:20].all(), "the finger painted, and did not scroll"
+    seen.page.click("#undo")
+    assert not seen.hole(example(0)).any()
+    seen.page.tap("#examples button >> nth=0")
+    agrees(site, seen, seen.fill(), example(0), seen.hole(example(0)))
+    for wide in (390, 360, 320):
+        seen.page.set_viewport_size({"width": wide, "height": 844})
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= wide
+
+
+def test_a_keyboard_is_enough(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    keys = seen.page.keyboard
+
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            keys.press("Tab")
+            if seen.page.evaluate("document.activeElement.id") == name:
+                outline = seen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                assert outline == "solid", f"{name}: focus is seen"
+                return
+        raise AssertionError(f"Tab does not reach {name}")
+
+    tab_to("clear")
+    keys.press("Enter")
+    seen.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    seen.page.mouse.click(2, 2)
+    tab_to("hole")
+    keys.down("Space")
+    for _ in range(6):
+        keys.press("ArrowRight")
+    keys.up("Space")
+    keys.press("ArrowDown")
+    tab_to("brush")
+    hole = seen.hole(example(0))
+    assert hole[SIDE // 2, SIDE // 2 : SIDE // 2 + 6].all()
+    tab_to("prompt")
+    keys.type("!")
+    keys.press("Enter")
+    seen.wait("busy", "done")
+    seen.wait("done")
+    assert seen.page.input_value("#prompt").endswith("!")
+    agrees(site, seen, seen.pixels("#results canvas"), example(0), hole)
+    keys.press("Shift+Tab")
+    assert seen.page.get_attribute("#status", "aria-live") == "polite"
+
+
+def test_everything_has_a_name(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    unnamed = """() => [...document.querySelectorAll("input, select, button, canvas[tabindex]")]
+        .filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel)).map(e => e.outerHTML)"""
+    assert seen.page.evaluate(unnamed) == []
+
+
+def test_models_are_compared_on_the_same_hole(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    seen.page.check("#compare")
+    first = seen.fill()
+    assert seen.page.locator("#results canvas").count() == 2
+    assert (seen.pixels("figure:nth-child(2) canvas") == first).all(), "they are the same model"
+
+
+def test_it_stops_when_told_and_goes_on_after(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    seen.page.fill("#steps", "50")
+    seen.page.click("#fill")
+    seen.wait("busy")
+    seen.page.click("#stop")
+    assert seen.wait("ready", "done") == "Stopped."
+    seen.page.fill("#steps", "2")
+    agrees(site, seen, seen.fill(), example(0), seen.hole(example(0)))
+
+
+def test_the_result_is_downloaded_as_it_is(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    filled = seen.fill()
+    with seen.page.expect_download() as download:
+        seen.page.click(".download")
+    assert download.value.suggested_filename == f"filled-by-{MODEL}.png"
+    assert (np.array(Image.open(download.value.path()).convert("RGB")) == filled).all()
+
+
+def test_without_isolation_it_runs_on_one_thread_and_says_so(site: Path, look: Looking) -> None:
+    seen = look(site, bare=True)
+    seen.wait("ready")
+    assert "one thread" in seen.text("#runs")
+    assert "does not isolate" in seen.text("#runs")
+    agrees(site, seen, seen.fill(), example(0), seen.hole(example(0)))
+
+
+def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "no picture of pixels"),
+        ("text.png", b"a text, whatever its name says", "no picture of pixels"),
+        ("half.png", png((64, 64))[:60], "cannot be decoded"),
+        ("huge.png", png((9000, 8000), "1"), "9000×8000"),
+        ("empty.png", b"", "no picture of pixels"),
+    ],
+)
+def test_what_is_no_picture_is_refused_and_the_old_one_stays(
+    site: Path, look: Looking, tmp_path: Path, name: str, content: bytes, why: str
+) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    before = seen.pixels("#hole")
+    (tmp_path / name).write_bytes(content)
+    seen.page.set_input_files("#file", tmp_path / name)
+    seen.page.wait_for_selector("#message:not([hidden])")
+    assert name in seen.text("#message")
+    assert why in seen.text("#message")
+    assert (seen.pixels("#hole") == before).all()
+    assert seen.page.get_attribute("body", "data-state") == "ready"
+
+
+def test_a_file_too_heavy_is_refused_unread(site: Path, look: Looking, tmp_path: Path) -> None:
+    seen = look(site)
+    seen.wait("ready")
+    with (tmp_path / "heavy.png").open("wb") as file:
+        os.truncate(file.fileno(), 51_000_000)
+    seen.page.set_input_files("#file", tmp_path / "heavy.png")
+    seen.page.wait_for_selector("#message:not([hidden])")
+    assert "51 MB" in seen.text("#message")
+
+
+def test_any_picture_is_brought_to_the_models_size(site: Path, look: Looking, tmp_path: Path) -> None:
+    """Like the Python runner: the middle square, smoothly, transparency over white. Not by the same filter."""
+    seen = look(site)
+    seen.wait("ready")
+    x, y = np.meshgrid(np.linspace(0, 1, 700), np.linspace(0, 1, 400))
+    waves = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x), np.clip(2 * y, 0, 1)], axis=-1)
+    Image.fromarray((255 * waves).astype(np.uint8)).save(tmp_path / "waves.png")
+    seen.page.set_input_files("#file", tmp_path / "waves.png")
+    seen.page.wait_for_function("() => document.querySelector('#file').value === ''")
+    seen.page.wait_for_timeout(500)
+    seen.page.click("#clear")
+    shown = seen.pixels("#hole")
+    zoom = len(shown) // SIDE
+    expected = runtime.read_square(tmp_path / "waves.png", SIDE)
+    assert np.abs(shown[::zoom, ::zoom].astype(int) - expected).max() <= 4
+
+
+def test_a_model_cut_off_is_named(copy_of_site: Path, look: Looking) -> None:
+    path = copy_of_site / "models" / MODEL / "denoiser.onnx"
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[:-1000])
+    seen = look(copy_of_site)
+    seen.wait("error")
+    assert "denoiser.onnx" in seen.text("#message")
+    assert "cut off" in seen.text("#message")
+
+
+def test_a_broken_graph_is_tried_humbly_then_told(copy_of_site: Path, look: Looking) -> None:
+    path = copy_of_site / "models" / MODEL / "denoiser.onnx"
+    size = path.stat().st_size
+    path.unlink()
+    path.write_bytes(os.urandom(size))
+    seen = look(copy_of_site)
+    seen.wait("error")
+    assert f"“{MODEL}” does not run here" in seen.text("#message")
+    seen.page.locator("#models label").nth(1).click()
+    assert "twin is ready" in seen.wait("ready")
+    seen.fill()
+
+
+@pytest.mark.parametrize("name", ["models.json", f"models/{MODEL}/refine-control.json", "worker.js"])
+def test_a_missing_file_leaves_a_message(copy_of_site: Path, look: Looking, name: str) -> None:
+    (copy_of_site / name).unlink()
+    seen = look(copy_of_site, bare=True)  # our own server would not start without models.json
+    seen.wait("error", "failed")
+    assert len(seen.text("#message")) > 20
