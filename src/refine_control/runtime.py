@@ -249,6 +249,7 @@ def _open_onnx(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]
 
 
 def _open_openvino(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # nobody is told what runs here
     import openvino
 
     # Left alone it computes in bfloat16 where the CPU can, and results are a hundredth off.

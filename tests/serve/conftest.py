@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 import os
 import shutil
@@ -33,8 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from refine_control.export.export import export_model
 
     folder = tmp_path_factory.mktemp("site")
-    if os.path.isdir("/tmp/dev/exported"): shutil.copytree("/tmp/dev/exported", folder, dirs_exist_ok=True); shutil.copytree("/work/main/src/refine_control/serve/page", folder, dirs_exist_ok=True)  # DEVONLY
-    else: export_model(f"zoo:{MODEL}", to="web", precision="fp16", out=folder)
+    export_model(f"zoo:{MODEL}", to="web", precision="fp16", out=folder)
     shutil.copytree(folder / "models" / MODEL, folder / "models" / "twin")
     (folder / "models.json").write_text(json.dumps([MODEL, "twin"]))
     (folder / "examples").mkdir(exist_ok=True)
@@ -87,7 +88,7 @@ def serve() -> Iterator[Callable[..., str]]:
             servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
         else:
             servers.append(make_server(folder, port=0))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_address[1]}/"
 
     yield start
@@ -104,7 +105,9 @@ class Quiet(SimpleHTTPRequestHandler):
 class Look:
     """A page being looked at, and all that it asked for and complained of."""
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page: Any, url: str, cores: int | None) -> None:
+        if cores:
+            page.add_init_script(f"Object.defineProperty(navigator, 'hardwareConcurrency', {{ get: () => {cores} }})")
         self.page, self.url = page, url
         self.requests: list[str] = []
         self.complaints: list[str] = []
@@ -131,10 +134,15 @@ class Look:
 
     def pixels(self, selector: str) -> np.ndarray:
         """uint8 (height, width, 3) of a canvas."""
-        read = """canvas => { const { width, height } = canvas;
-            return [height, width, ...canvas.getContext("2d").getImageData(0, 0, width, height).data]; }"""
-        height, width, *values = self.page.eval_on_selector(selector, read)
-        return np.array(values, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+        url = self.page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
+        return np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+    def until(self, happens: Callable[[], bool]) -> None:
+        for _ in range(WAIT // 50):
+            if happens():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError("it never happened")
 
     def hole(self, picture: np.ndarray) -> np.ndarray:
         """uint8 (SIDE, SIDE), 1 where the canvas to paint on does not show the picture. The brush must be elsewhere."""
@@ -145,12 +153,15 @@ class Look:
 
 @pytest.fixture
 def look(browser: Any, serve: Callable[..., str]) -> Iterator[Callable[..., Look]]:
-    """folder -> its page, in a browser of its own; further arguments are those of the browser's context."""
+    """folder -> its page, in a browser of its own.
+
+    bare: of `serve`. cores: that the page is to believe in. Further arguments are those of the browser's context.
+    """
     contexts = []
 
-    def start(folder: Path, bare: bool = False, **how: Any) -> Look:
+    def start(folder: Path, bare: bool = False, cores: int | None = None, **how: Any) -> Look:
         contexts.append(browser.new_context(**how))
-        return Look(contexts[-1].new_page(), serve(folder, bare))
+        return Look(contexts[-1].new_page(), serve(folder, bare), cores)
 
     yield start
     for context in contexts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from refine_control.command import command, flag, plain
@@ -28,10 +29,11 @@ from refine_control.errors import UserError
         flag("--out", type=Path, required=True, help="a folder; exported to the web, one holds several models"),
         flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
         flag("--name", help="what the model is called there; by default the last part of MODEL"),
-        flag("--data", default="data/emoji", help="int8: pictures to calibrate with, and to see its effect on"),
+        flag("--data", default="data/emoji", help="for int8 to calibrate with and be scored on; the page's examples"),
     ],
 )
 def _export(args: argparse.Namespace) -> None:
+    _need_engines()
     from refine_control.export.export import export_model, summary
 
     manifest = export_model(args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name)
@@ -58,6 +60,7 @@ def _export(args: argparse.Namespace) -> None:
     ],
 )
 def _bench(args: argparse.Namespace) -> None:
+    _need_engines()
     from refine_control import recipe
     from refine_control.export.bench import BenchConfig, bench
 
@@ -86,3 +89,9 @@ def _serve(args: argparse.Namespace) -> None:
     if not args.port.isdigit() or int(args.port) > 65535:
         raise UserError(f"--port '{args.port}' is no port; give a whole number up to 65535")
     serve(args.folder, args.host, int(args.port), not args.no_browser)
+
+
+def _need_engines() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} is not installed; pip install 'refine-control[edge]'")

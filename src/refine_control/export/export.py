@@ -19,7 +19,7 @@ from refine_control.diffusion.store import load
 from refine_control.errors import ModelError, UserError
 from refine_control.export import onnx, openvino, parity, web
 from refine_control.export.graph import Graph, graphs_of
-from refine_control.export.onnx import Feed
+from refine_control.export.onnx import Feed, write_fp32
 from refine_control.files import write_whole
 from refine_control.recipe import SampleConfig
 from refine_control.student.plan import cost
@@ -42,7 +42,7 @@ def export_model(
     """Writes the exported model to `out`, or for the web to out/models/TITLE with the page around it.
 
     controlnets: saved on their own; they replace the pipeline's. title: the model's name there, its own without.
-    data: pictures to calibrate int8 with (split train) and to see its effect on (split test).
+    data: pictures to calibrate int8 with (split train) and to see its effect on (split test); the page's examples.
     Returns the manifest, which holds the differences from torch ("parity") and of int8 the effect ("quality").
 
     Raises:
@@ -50,7 +50,8 @@ def export_model(
         UserError: `out` holds other files, or the title has other characters than letters, digits, '.', '_', '-'.
     """
     sample = SampleConfig()
-    title = title or name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
+    if title is None:
+        title = name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", title):
         raise UserError(f"'{title}' is no name for an exported model; give --name, of letters, digits, '.', '_', '-'")
     final = out / "models" / title if to == "web" else out
@@ -70,7 +71,7 @@ def export_model(
     except ModelError as error:
         raise ModelError(f"cannot export '{name}': {error}") from None
     if to == "web":
-        web.write_site(out)
+        web.write_site(out, data)
     else:
         shutil.copyfile(runtime.__file__, final / "run.py")
     return manifest
@@ -80,7 +81,7 @@ def _write_fp32(graphs: dict[str, Graph], model: Model, folder: Path, manifest: 
     """The graphs as ONNX in single precision: what every other kind is made of and compared with."""
     folder.mkdir()
     for graph in tqdm(graphs.values(), desc="exporting", unit="graph"):
-        onnx.write_fp32(graph, folder / f"{graph.name}.onnx")
+        write_fp32(graph, folder / f"{graph.name}.onnx")
     _finish(folder, model, manifest | {"precision": "fp32"}, ".onnx", graphs)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from refine_control.export.onnx import Feed
+
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it reports each use to its makers, unasked
 
 
 def convert(source: Path, path: Path, half: bool) -> None:

@@ -1,0 +1,204 @@
+"""What export writes draws what torch draws, from the same noise, and says how far it is from it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from refine_control.diffusion import store
+from refine_control.diffusion.sample import fill
+from refine_control.errors import ModelError, UserError
+from refine_control.export import parity
+from refine_control.export.export import export_model, summary
+from refine_control.recipe import SampleConfig
+from refine_control.runtime import MANIFEST, ExportError, Student
+from tiny import SIDE, plan, tiny_denoiser, tiny_model
+
+Exported = Callable[[str, str], Path]
+KINDS = [("onnx", "fp32"), ("onnx", "fp16"), ("openvino", "fp32"), ("openvino", "fp16"), ("web", "fp16")]
+
+
+def student_in(folder: Path) -> Student:
+    return Student(folder / "models" / "tiny" if (folder / "models").is_dir() else folder)
+
+
+@pytest.mark.parametrize(("to", "precision"), KINDS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_seed_draws_what_torch_draws(
+    exported: Exported, tiny_folder: Path, pictures: Path, to: str, precision: str, guidance: float
+) -> None:
+    student = student_in(exported(to, precision))
+    heldout = parity.open_heldout(str(pictures), "test", 4, SIDE)
+    config = SampleConfig(num_inference_steps=5, guidance_scale=guidance)
+    ours, theirs = parity.draw(student, heldout, config), heldout.draw(store.load(str(tiny_folder)).freeze(), config)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize(("to", "precision"), KINDS)
+def test_every_graph_is_near_torch_and_the_manifest_says_how_near(exported: Exported, to: str, precision: str) -> None:
+    errors = {k: v for k, v in student_in(exported(to, precision)).manifest["parity"].items() if k != "what"}
+    assert set(errors) == {"text_encoder", "condition", "denoiser", "vae_encoder", "vae_decoder"}
+    assert 0 < max(errors.values()) < (1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_a_graph_that_differs_stops_the_export(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "FP32_BOUND", 0.0)
+    with pytest.raises(ModelError, match="differs from torch"):
+        export_model(str(tiny_folder), "onnx", "fp32", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_int8_is_smaller_and_says_what_it_costs(exported: Exported, to: str) -> None:
+    exact, student = Student(exported("onnx", "fp32")), Student(exported(to, "int8"))
+    weights = {"onnx": "denoiser.onnx", "openvino": "denoiser.bin"}[to]
+    assert student.manifest["files"][weights] < exact.manifest["files"]["denoiser.onnx"]
+    quality = student.manifest["quality"]
+    assert quality["int8"] != quality["fp32"]
+    assert {name.partition("[")[0] for name in quality["loss"]} == {"psnr", "ssim", "lpips", "fid", "cmmd"}
+    assert "loss" in summary(student.manifest)
+
+
+def test_the_summary_says_where_int8_costs_too_much() -> None:
+    metrics = {"psnr": {"hole": 10.0}, "lpips[x]": {"hole": 0.5}}
+    worse = {"psnr": {"hole": 9.9}, "lpips[x]": {"hole": 0.52}}
+    quality = {
+        "provenance": {"n": 3},
+        "data": "d",
+        "fp32": metrics,
+        "int8": worse,
+        "loss": parity.losses(metrics, worse),
+    }
+    lines = summary({"parity": {}, "files": {}, "graphs": {}, "quality": quality}).splitlines()
+    assert quality["loss"] == pytest.approx({"psnr": 0.01, "lpips[x]": 0.04})
+    assert [line.startswith("lpips") for line in lines if "MORE THAN 2% WORSE" in line] == [True]
+
+
+def test_the_folder_runs_by_itself_without_torch(exported: Exported, tmp_path: Path) -> None:
+    folder = exported("onnx", "fp16")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "cat.png")
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:30, 15:35] = 255
+    Image.fromarray(mask).save(tmp_path / "hole.png")
+    out = tmp_path / "filled.png"
+    code = (
+        f"import sys, runpy; sys.modules['torch'] = sys.modules['refine_control'] = None; "
+        f"sys.argv = ['run.py', '--image', {str(tmp_path / 'cat.png')!r}, '--mask', {str(tmp_path / 'hole.png')!r}, "
+        f"'--out', {str(out)!r}, '--seed', '3']; runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as filled:
+        assert filled.size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("flags", [["--image", "none.png", "--mask", "none.png"]])
+def test_the_runner_names_a_mistake_in_one_line(exported: Exported, flags: list[str]) -> None:
+    run = [sys.executable, str(exported("onnx", "fp16") / "run.py"), *flags]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("run.py: 'none.png'")
+
+
+def test_known_pixels_stay_and_the_hole_does_not(exported: Exported) -> None:
+    student = Student(exported("onnx", "fp32"))
+    picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    hole = np.zeros((SIDE, SIDE), np.uint8)
+    hole[4:10, 4:12] = 1
+    filled = student.fill(picture, hole, "a red cat", 4, 2.0, 7)
+    np.testing.assert_array_equal(filled[hole == 0], picture[hole == 0])
+    assert (filled[hole == 1] != picture[hole == 1]).any()
+
+
+def test_sampling_agrees_with_torchs_own_fill(exported: Exported, tiny_folder: Path, pictures: Path) -> None:
+    """From the picture, not from tensors: control, noise of the seed, pasting and rounding are all the runtime's."""
+    heldout = parity.open_heldout(str(pictures), "test", 1, SIDE).batch
+    student = Student(exported("onnx", "fp32"))
+    config = SampleConfig(num_inference_steps=4)
+    theirs = fill(store.load(str(tiny_folder)).freeze(), heldout, config, [11])[1]
+    picture = ((heldout.image[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    ours = student.fill(picture, heldout.mask[0, 0].byte().numpy(), heldout.captions[0], 4, config.guidance_scale, 11)
+    expected = ((theirs[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    assert np.abs(ours.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "tokenizer.json"])
+def test_a_file_that_is_cut_off_is_named(exported: Exported, tmp_path: Path, name: str) -> None:
+    for path in exported("onnx", "fp16").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: -9 if path.name == name else None])
+    with pytest.raises(ExportError, match=name):
+        Student(tmp_path)
+
+
+def test_another_format_is_refused(exported: Exported, tmp_path: Path) -> None:
+    manifest = json.loads((exported("onnx", "fp16") / MANIFEST).read_text(encoding="utf-8"))
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"format": 99}), encoding="utf-8")
+    with pytest.raises(ExportError, match="another format"):
+        Student(tmp_path)
+
+
+def test_other_files_are_never_overwritten(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    for to in ("onnx", "web"):
+        with pytest.raises(UserError, match="other files"):
+            export_model(str(tiny_folder), to, "fp32", tmp_path)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("title", ["../out", "a b", "", ".hidden", "x/y"])
+def test_a_name_that_is_no_plain_word_is_refused(tiny_folder: Path, tmp_path: Path, title: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        export_model(str(tiny_folder), "web", "fp16", tmp_path / "out", title=title)
+
+
+def test_a_model_that_cannot_be_expressed_is_refused_by_its_part(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.scheduler |= {"clip_sample": True}
+    store.save(model, tmp_path / "clips")
+    with pytest.raises(ModelError, match=r"clips'.*its scheduler clips"):
+        export_model(str(tmp_path / "clips"), "onnx", "fp32", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_foundation_alone_has_no_condition(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.denoiser = tiny_denoiser(plan(8, 16))
+    model.denoiser.module = None
+    store.save(model, tmp_path / "alone")
+    export_model(str(tmp_path / "alone"), "onnx", "fp32", tmp_path / "out")
+    student = Student(tmp_path / "out")
+    assert "condition" not in student.manifest["graphs"]
+    hole = np.ones((SIDE, SIDE), np.uint8)
+    assert student.fill(np.zeros((SIDE, SIDE, 3), np.uint8), hole, "", 2, 2.0, 0).any()
+
+
+def test_a_site_holds_several_models_smallest_first(exported: Exported, tiny_folder: Path, pictures: Path) -> None:
+    site = exported("web", "fp16")
+    export_model(str(tiny_folder), "web", "fp32", site, str(pictures), title="larger")
+    assert json.loads((site / "models.json").read_text(encoding="utf-8")) == ["tiny", "larger"]
+    examples = json.loads((site / "examples" / "examples.json").read_text(encoding="utf-8"))
+    assert len(examples) == 8
+    with Image.open(site / examples[0]["image"]) as example:
+        assert example.size == (SIDE, SIDE)
+    assert (site / "lib" / "ort" / "ort-wasm-simd-threaded.wasm").read_bytes()[:4] == b"\0asm"
+
+
+def test_nothing_of_this_machine_stands_in_the_graphs(exported: Exported) -> None:
+    content = (exported("onnx", "fp32") / "denoiser.onnx").read_bytes()
+    assert b"site-packages" not in content
+    assert b".py" not in content
+
+
+@pytest.mark.slow
+def test_quantising_reports_to_nobody(exported: Exported) -> None:
+    exported("openvino", "int8")
+    assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
