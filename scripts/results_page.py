@@ -10,6 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from refine_control.export.bench import table as table_of_bench
+
 ROOT = Path(__file__).parent.parent
 BETTER_HIGH = ("psnr", "ssim")
 CONTROLS = (
@@ -93,6 +95,22 @@ def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
+    """What `refine-control bench` measured."""
+    how, on = measured["settings"], measured["machine"]
+    lines = [f"## {title}", "", f"`{measured['command']}`", "", table_of_bench(measured, " | ")]
+    scored = measured["rows"][0].get("provenance")
+    said = f"scores in the hole of {scored['n']} held-out pictures ({scored['extractor']})" if scored else "no scores"
+    lines += [
+        f"One picture at a time, guidance {how['guidance_scale']}, {how['num_threads']} threads of {on['cores']} cores; "
+        f"medians and quartiles of {how['repeats']} turns, the models in turns, each in a process of its own; {said}.",
+        "",
+        f"![time of a picture]({picture})",
+        "",
+    ]
+    return lines
+
+
 def main() -> None:
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
     if gate := read("teacher-gate/scores.json"):
@@ -109,6 +127,8 @@ def main() -> None:
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):
         lines += comparison("Controls", CONTROLS, controls)
+    if measured := read("bench/bench.json"):
+        lines += edge("On the edge", measured, "../results/bench/bench.png")
     if step := read("benchmark-step.json"):
         ratio = step["step_over_floor"]
         lines += ["## One distillation step against its floor", "", "`python benchmarks/step.py recipes/demo.yaml`", ""]

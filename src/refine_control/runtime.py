@@ -42,10 +42,10 @@ class Scheduler:
         if not 1 <= steps <= total:
             raise ExportError(f"{steps} inference steps are not between 1 and {total}")
         if spacing == "trailing":
-            return np.round(np.arange(total, 0, -total / steps)).astype(np.int64) - 1
+            return np.round(np.arange(total, 0, -total / steps)).astype(np.int64)[:steps] - 1  # arange may add a -1
         if spacing == "linspace":
             return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
-        return np.arange(steps)[::-1] * (total // steps) + self.config["steps_offset"]
+        return np.minimum(np.arange(steps)[::-1] * (total // steps) + self.config["steps_offset"], total - 1)
 
     def to_x0_eps(self, prediction: np.ndarray, t: int, x_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The clean latents and the noise that a prediction stands for; x_t = alpha x_0 + sigma eps."""

@@ -64,6 +64,8 @@ def chromium() -> str:
     found = os.environ.get("CHROMIUM") or next(
         filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
     )
+    if not found and os.environ.get("NEED_BROWSER"):
+        pytest.fail("no Chromium on the PATH, and NEED_BROWSER is set")
     return found or pytest.skip("no Chromium on the PATH; name one in CHROMIUM")
 
 

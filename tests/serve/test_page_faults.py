@@ -1,4 +1,4 @@
-"""The page where something is wrong: files that are no pictures, models that are broken, browsers that lack something."""
+"""The page where something is wrong: files that are no pictures, broken models, browsers that lack something."""
 
 from __future__ import annotations
 

@@ -62,7 +62,10 @@ def _bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
     if config.data is not None:
         _score(rows, entries, config)
     settings = config.model_dump() | {"num_threads": config.num_threads or cores()}
-    result = {"settings": settings, "machine": machine(), "rows": rows}
+    command = f"refine-control bench {' '.join(names)} --num_inference_steps " + ",".join(
+        map(str, config.num_inference_steps)
+    )
+    result = {"command": command, "settings": settings, "machine": machine(), "rows": rows}
     write_whole(out / "bench.json", json.dumps(result, indent=1))
     write_whole(out / "bench.md", table(result, " | "))
     plot(result, out / "bench.png")

@@ -34,7 +34,7 @@ export class Scheduler {
       const stride = (total - 1) / (steps - 1);
       return numbers.map((i) => (i && i === steps - 1 ? total - 1 : round(i && i * stride))).reverse();
     }
-    return numbers.map((i) => i * Math.floor(total / steps) + this.config.steps_offset).reverse();
+    return numbers.map((i) => Math.min(i * Math.floor(total / steps) + this.config.steps_offset, total - 1)).reverse();
   }
 
   /** The clean latents and the noise that a prediction stands for; x_t = alpha x_0 + sigma eps. */
