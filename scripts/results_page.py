@@ -102,7 +102,7 @@ def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     scored = measured["rows"][0].get("provenance")
     said = f"scores in the hole of {scored['n']} held-out pictures ({scored['extractor']})" if scored else "no scores"
     lines += [
-        f"One picture at a time, guidance {how['guidance_scale']}, {how['num_threads']} threads of {on['cores']} cores; "
+        f"One picture a time, guidance {how['guidance_scale']}, {how['num_threads']} threads of {on['cores']} cores; "
         f"medians and quartiles of {how['repeats']} turns, the models in turns, each in a process of its own; {said}.",
         "",
         f"![time of a picture]({picture})",
