@@ -129,6 +129,15 @@ def main() -> None:
         lines += comparison("Controls", CONTROLS, controls)
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
+    if page := read("benchmark-page.json"):
+        lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]
+        lines += ["| | a picture, 10 steps (ms) | a step (ms) | |", "|---|---|---|---|"]
+        for name, taken in page["models"].items():
+            cells = [
+                f"{t['median']:.0f} ({t['low']:.0f}-{t['high']:.0f})" for t in (taken["picture_ms"], taken["step_ms"])
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} | {taken['runs_on']} |")
+        lines += ["", f"{page['browser']}, {page['turns']} turns, medians and quartiles, previews included.", ""]
     if step := read("benchmark-step.json"):
         ratio = step["step_over_floor"]
         lines += ["## One distillation step against its floor", "", "`python benchmarks/step.py recipes/demo.yaml`", ""]
