@@ -70,9 +70,14 @@ def write_random_teacher(folder: Path) -> None:
     for part, build in parts.items():
         build().half().save_pretrained(folder / part)
     build_tokenizer(TextPlan(max_length=77), ["a red circle", "a blue square"]).save_pretrained(folder / "tokenizer")
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
-        folder / "scheduler"
-    )
+    DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionControlNetPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -1,5 +1,7 @@
 """The runtime without torch agrees with torch and diffusers, number for number."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from PIL import Image
 
 import refine_control.runtime as runtime
-from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
-from refine_control.runtime import ExportError, Scheduler, fit_tokens, noise, read_square
+from refine_control.runtime import ExportError, Scheduler, fit_tokens, noise
 
 
 def described(scheduler: DDIMScheduler) -> dict:
@@ -20,6 +20,7 @@ def described(scheduler: DDIMScheduler) -> dict:
     return {
         "alphas_cumprod": scheduler.alphas_cumprod.tolist(),
         "final_alpha_cumprod": float(scheduler.final_alpha_cumprod),
+        "clip_sample_range": scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
         **{name: scheduler.config[name] for name in names},
     }
 
@@ -27,17 +28,22 @@ def described(scheduler: DDIMScheduler) -> dict:
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 50])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize(
-    ("prediction", "zero_snr", "to_one", "offset"),
-    [("epsilon", False, False, 1), ("v_prediction", True, True, 0), ("sample", False, True, 0)],
+    ("prediction", "zero_snr", "to_one", "offset", "clip"),
+    [
+        ("epsilon", False, False, 1, False),
+        ("epsilon", False, True, 0, True),
+        ("v_prediction", True, True, 0, False),
+        ("sample", False, True, 0, True),
+    ],
 )
 def test_the_scheduler_is_diffusers_ddim(
-    steps: int, spacing: str, prediction: str, zero_snr: bool, to_one: bool, offset: int
+    steps: int, spacing: str, prediction: str, zero_snr: bool, to_one: bool, offset: int, clip: bool
 ) -> None:
     theirs = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        clip_sample=False,
+        clip_sample=clip,
         set_alpha_to_one=to_one,
         steps_offset=offset if spacing == "leading" else 0,
         prediction_type=prediction,
@@ -79,36 +85,6 @@ def test_tokens_are_padded_or_cut_before_their_end_mark(ids: list[int], fitted: 
     assert fit_tokens(ids, 5, 9) == fitted
 
 
-@pytest.mark.parametrize("size", [(32, 32), (41, 97), (300, 20), (8, 8)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_pictures_are_read_as_in_training(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 4), dtype=np.uint8)
-    path = tmp_path / "picture.png"
-    Image.fromarray(pixels).convert("RGB" if mode == "P" else mode).convert(mode).save(path)
-    np.testing.assert_array_equal(read_square(path, 32), fit_square(read_image(path), 32))
-
-
-@pytest.mark.parametrize("size", [(32, 32), (41, 97), (300, 20)])
-def test_masks_are_read_as_in_training(size: tuple[int, int], tmp_path: Path) -> None:
-    path = tmp_path / "mask.png"
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)).save(path)
-    np.testing.assert_array_equal(read_square(path, 32, mask=True), fit_square_mask(read_mask(path), 32))
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "cat.png").write_bytes(content)
-    with pytest.raises(ExportError, match=r"cat\.png"):
-        read_square(tmp_path / "cat.png", 32)
-
-
-def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "MAX_PIXELS", 99)
-    Image.new("RGB", (10, 10)).save(tmp_path / "big.png")
-    with pytest.raises(ExportError, match=r"10x10 is more than 99 pixels"):
-        read_square(tmp_path / "big.png", 32)
-
-
 def test_a_folder_that_was_not_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"refine-control\.json"):
         runtime.Student(tmp_path)
@@ -123,3 +99,37 @@ def test_what_runs_on_the_edge_imports_no_torch(module: str) -> None:
 def test_the_runtime_knows_none_of_our_other_files() -> None:
     assert "import refine_control" not in (code := Path(runtime.__file__).read_text(encoding="utf-8"))
     assert "from refine_control" not in code
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"files": []}, "files"),
+        ({"graphs": {"denoiser": {"file": "../denoiser.onnx"}}}, r"\.\./denoiser\.onnx"),
+        ({"files": {"../secret": 6}}, "secret"),
+        ({"text": {"tokenizers": ["/etc/hostname"]}}, "text.pad_ids"),
+        ({"scheduler": None}, "scheduler"),
+        ({"resolution": "32"}, "resolution"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_odd_things_is_refused(change: dict, named: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    whole = {key: kind() for key, kind in runtime.MUST_HAVE.items() if not isinstance(kind, dict)}
+    whole["format"] = runtime.FORMAT
+    for part in ("scheduler", "text"):
+        whole[part] = {key: kind() for key, kind in runtime.MUST_HAVE[part].items()}
+    (folder / runtime.MANIFEST).write_text(json.dumps(whole), encoding="utf-8")
+    assert runtime.read_manifest(folder) == whole
+    (folder / runtime.MANIFEST).write_text(json.dumps(whole | change), encoding="utf-8")
+    with pytest.raises(ExportError, match=named):
+        runtime.Student(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"format": 1}', "null", '{"format": 2}'], ids=lambda t: t[:9])
+def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / runtime.MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(ExportError, match=re.escape(str(tmp_path))):
+        runtime.read_manifest(tmp_path)

@@ -1,12 +1,11 @@
-"""An exported model, run without torch. This one file, with numpy, pillow, tokenizers and either onnxruntime or
-openvino, is all that a device needs; `refine-control export` copies it into the folder that it writes, as run.py.
+"""An exported model, run without torch. This one file, with numpy, tokenizers and either onnxruntime or openvino, is
+all that a device needs; `refine-control export` copies it into the folder that it writes.
 
-    python my-export/run.py --image cat.png --mask hole.png --prompt "flat cat face" --out filled.png
+    filled = Student("my-export").fill(picture, hole, "flat cat face", steps=10, guidance=2.0, seed=0)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 FORMAT = 1
 MANIFEST = "refine-control.json"
-MAX_PIXELS = 64_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and some of those start other programs
+MUST_HAVE: dict[str, Any] = {
+    "name": str,
+    "backend": str,
+    "precision": str,
+    "resolution": int,
+    "latent_shape": list,
+    "params": int,
+    "macs": int,
+    "files": dict,
+    "graphs": dict,
+    "scheduler": {"alphas_cumprod": list, "final_alpha_cumprod": float, "prediction_type": str, "steps_offset": int},
+    "text": {"tokenizers": list, "pad_ids": list, "max_length": int, "empty_is_zeros": bool},
+}
 Arrays = dict[str, np.ndarray]
 
 
@@ -33,7 +42,8 @@ class Scheduler:
     """DDIM without noise of its own (2010.02502), number for number as diffusers' DDIMScheduler with eta 0."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """config: alphas_cumprod (T,), final_alpha_cumprod, prediction_type, timestep_spacing, steps_offset."""
+        """config: alphas_cumprod (T,), final_alpha_cumprod, prediction_type, timestep_spacing, steps_offset;
+        clip_sample_range, the bound of what is foreseen, or None."""
         self.abar, self.config = np.array(config["alphas_cumprod"]), config
 
     def timesteps(self, steps: int) -> np.ndarray:
@@ -49,6 +59,11 @@ class Scheduler:
 
     def to_x0_eps(self, prediction: np.ndarray, t: int, x_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The clean latents and the noise that a prediction stands for; x_t = alpha x_0 + sigma eps."""
+        x0, eps = self._to_x0_eps(prediction, t, x_t)
+        bound = self.config["clip_sample_range"]
+        return x0 if bound is None else x0.clip(-bound, bound), eps
+
+    def _to_x0_eps(self, prediction: np.ndarray, t: int, x_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         alpha, sigma = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
         kind = self.config["prediction_type"]
         if kind == "epsilon":
@@ -100,9 +115,9 @@ class Student:
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.side, self.downscale = self.manifest["resolution"], self.manifest["downscale"]
+        self.side = self.manifest["resolution"]
         self.scheduler = Scheduler(self.manifest["scheduler"])
-        self._tokenizers = [_tokenizer(self.folder / name) for name in self.manifest["text"]["tokenizers"]]
+        self._tokenizers = [_open(self.folder / name, 1) for name in self.manifest["text"]["tokenizers"]]
         self._graphs = {
             name: _open(self.folder / graph["file"], threads or os.cpu_count() or 1)
             for name, graph in self.manifest["graphs"].items()
@@ -177,15 +192,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The exported folder's own description; every file that it names is there and of the size it names."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"'{folder}' is no exported model: {MANIFEST}: {error}; give what export wrote") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ExportError(f"'{folder}' is of another format than {FORMAT}; export the model again")
-    for name, size in manifest["files"].items():
+    if missing := _missing(manifest, MUST_HAVE):
+        raise ExportError(f"'{folder}': {MANIFEST} has no usable '{missing}'; export the model again")
+    files: dict[str, Any] = manifest["files"]
+    for name, size in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if "/" in name or "\\" in name or not path.is_file() or path.stat().st_size != size:
             raise ExportError(f"'{path}' is missing or cut off (not {size} bytes); copy or export it again")
+    graphs = [graph.get("file") if isinstance(graph, dict) else graph for graph in manifest["graphs"].values()]
+    for name in (*graphs, *manifest["text"]["tokenizers"]):
+        if name not in files:
+            raise ExportError(f"'{folder}': {MANIFEST} uses '{name}' but does not list it; export the model again")
     return manifest
+
+
+def _missing(given: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first key of `wanted`, {name: type or such a dict}, that `given` lacks or holds otherwise."""
+    for key, kind in wanted.items():
+        if not isinstance(given.get(key), dict if isinstance(kind, dict) else kind):
+            return key
+        if isinstance(kind, dict) and (missing := _missing(given[key], kind)):
+            return f"{key}.{missing}"
+    return None
 
 
 def fit_tokens(ids: Sequence[int], length: int, pad: int) -> list[int]:
@@ -193,33 +225,23 @@ def fit_tokens(ids: Sequence[int], length: int, pad: int) -> list[int]:
     return [*ids[: length - 1], ids[-1]] if len(ids) > length else [*ids, *[pad] * (length - len(ids))]
 
 
-def read_square(path: Path, side: int, mask: bool = False) -> np.ndarray:
-    """A file's middle square: uint8 (side, side, 3), transparency over white; of a mask (side, side), 1 = to fill.
-
-    Raises:
-        ExportError: it cannot be decoded, or has more than MAX_PIXELS.
-    """
+def _open(path: Path, threads: int) -> Any:
+    """A graph's file -> a function of its named inputs; a tokenizer's -> the tokenizer."""
+    open_it = {".xml": _open_openvino, ".onnx": _open_onnx}.get(path.suffix, _open_tokenizer)
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            width, height = file.size
-            if width * height > MAX_PIXELS:
-                raise ExportError(f"'{path}': {width}x{height} is more than {MAX_PIXELS} pixels; make it smaller")
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except ExportError:
-        raise
-    except Exception as error:  # PIL's decoders raise nearly every type on a broken file
-        raise ExportError(f"'{path}' cannot be decoded: {' '.join(str(error).split())[:160]}") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    least = min(image.size)
-    left, top = (image.width - least) / 2, (image.height - least) / 2
-    box = (left, top, left + least, top + least)
-    if not mask:
-        return np.array(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
-    hole = image.convert("L").point(lambda grey: 255 * (grey > 127)).resize((side, side), Image.Resampling.BOX, box=box)
-    return (np.array(hole) > 127).astype(np.uint8)
+        return open_it(path, threads)
+    except ImportError as error:
+        raise ExportError(f"'{path.name}' needs {error.name}; pip install {error.name}") from None
+    except Exception as error:  # each engine raises types of its own on a file that is not what it should be
+        raise ExportError(f"'{path}' cannot be loaded: {one_line(error)}") from None
 
 
-def _tokenizer(path: Path) -> Any:
+def one_line(error: Exception) -> str:
+    """Its message, short, or its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _open_tokenizer(path: Path, threads: int) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
@@ -228,22 +250,14 @@ def _tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _open(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]:
-    """A graph's file -> a function of its named inputs."""
-    try:
-        return _open_openvino(path, threads) if path.suffix == ".xml" else _open_onnx(path, threads)
-    except ImportError as error:
-        raise ExportError(f"'{path.name}' needs {error.name}; pip install {error.name}") from None
-    except RuntimeError as error:
-        raise ExportError(f"'{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-
-
 def _open_onnx(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarray]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # A graph's threads wait at work for the next call, and are in the way of the next graph's: twice the time.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, inputs)
 
@@ -266,30 +280,3 @@ def _open_openvino(path: Path, threads: int) -> Callable[[Arrays], list[np.ndarr
         return [np.array(output) for output in requests[key].infer(inputs).values()]
 
     return run
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Fill the white part of a mask in one picture, without torch.")
-    parser.add_argument("--image", type=Path, required=True, help="the square in its middle is taken")
-    parser.add_argument("--mask", type=Path, required=True, help="white where to fill")
-    parser.add_argument("--prompt", default="", help="what to fill in")
-    parser.add_argument("--out", type=Path, default=Path("filled.png"))
-    parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 asks the model once a step, more twice")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the exported folder")
-    args = parser.parse_args(argv)
-    try:
-        student = Student(args.model)
-        picture, hole = (read_square(path, student.side, path is args.mask) for path in (args.image, args.mask))
-        filled = student.fill(picture, hole, args.prompt, args.num_inference_steps, args.guidance_scale, args.seed)
-    except ExportError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 2
-    Image.fromarray(filled).save(args.out)
-    print(f"wrote {args.out}, {student.side}x{student.side}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

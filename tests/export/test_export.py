@@ -1,6 +1,8 @@
 """What export writes draws what torch draws, from the same noise, and says how far it is from it."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from refine_control.export.export import export_model, summary
 from refine_control.recipe import SampleConfig
 from refine_control.runtime import MANIFEST, ExportError, Student
 from tiny import SIDE, plan, tiny_denoiser, tiny_model
+from tiny_sd import tiny_pipeline
 
 Exported = Callable[[str, str], Path]
 KINDS = [("onnx", "fp32"), ("onnx", "fp16"), ("openvino", "fp32"), ("openvino", "fp16"), ("web", "fp16")]
@@ -49,10 +52,102 @@ def test_every_graph_is_near_torch_and_the_manifest_says_how_near(exported: Expo
 def test_a_graph_that_differs_stops_the_export(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "FP32_BOUND", 0.0)
-    with pytest.raises(ModelError, match="differs from torch"):
-        export_model(str(tiny_folder), "onnx", "fp32", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    (out := tmp_path / "out").mkdir()
+    for bound, error in ((0.0, None), (1e-4, math.nan)):
+        with monkeypatch.context() as patch:
+            patch.setitem(parity.BOUNDS, "fp32", bound)
+            if error is not None:
+                patch.setattr(parity, "graph_error", lambda graph, student: math.nan)
+            for to, folder in (("onnx", out), ("web", tmp_path / "site")):
+                with pytest.raises(ModelError, match="differs from torch"):
+                    export_model(str(tiny_folder), to, "fp32", folder)  # type: ignore[arg-type]
+    assert not any(out.iterdir())
+    export_model(str(tiny_folder), "web", "fp32", tmp_path / "site")  # what failed there is not in the way
+
+
+def test_an_export_that_fails_leaves_the_older_one(
+    exported: Exported, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(exported("onnx", "fp16"), tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def fail_the_second_time(path: Path, target: Path) -> Path:
+        if path.name == "written":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_the_second_time)
+    with pytest.raises(OSError, match="no"):
+        export_model(str(tiny_folder), "onnx", "fp32", out)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    export_model(str(tiny_folder), "onnx", "fp32", out)
+    assert Student(out).manifest["precision"] == "fp32"
+    (out / "filled.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"filled\.png"):
+        export_model(str(tiny_folder), "onnx", "fp16", out)
+
+
+@pytest.mark.parametrize(("data", "images", "reason"), [("nowhere", 8, "nowhere"), (None, 1, "--images 1")])
+def test_int8_opens_its_data_first(
+    tiny_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: str,
+    images: int,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("refine_control.export.export.graphs_of", None)
+    with pytest.raises(UserError, match=reason):
+        export_model(str(tiny_folder), "onnx", "int8", tmp_path / "out", data or str(pictures), images=images)
+
+
+def test_a_conversion_that_fails_names_graph_and_precision(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, path: Path) -> None:
+        raise RuntimeError("no such\n operator")
+
+    monkeypatch.setattr("refine_control.export.onnx.halve", fail)
+    with pytest.raises(ModelError, match=r"tiny'.*text_encoder cannot be written as fp16\.onnx: no such operator"):
+        export_model(str(tiny_folder), "onnx", "fp16", tmp_path / "out")
+
+
+def test_the_page_takes_no_weights_beyond_a_file(
+    exported: Exported, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two gigabytes, of which a test makes ten kilobytes; the other exports keep such weights beside the graph."""
+    exported("onnx", "fp32")  # traced with weights inside
+    monkeypatch.setattr("refine_control.export.onnx.BIG", 10_000)
+    with pytest.raises(ModelError, match=r"its \w+ has more than 2 GB"):
+        export_model(str(tiny_folder), "web", "fp16", tmp_path / "site")
+    export_model(str(tiny_folder), "onnx", "fp16", tmp_path / "out")
+    assert (tmp_path / "out" / "denoiser.onnx.data").is_file()
+
+
+@pytest.mark.slow
+def test_sdxl_runs_from_its_graphs_as_in_torch(tmp_path: Path) -> None:
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ModelError, match="two encoders"):
+        export_model(str(tmp_path / "sdxl"), "web", "fp16", tmp_path / "site")
+    export_model(str(tmp_path / "sdxl"), "onnx", "fp32", tmp_path / "out")
+    student = Student(tmp_path / "out")
+    prompts = ["", "a red cat", "word " * 200]
+    said, theirs = student.embed(prompts), store.load(str(tmp_path / "sdxl")).freeze().embed(prompts)
+    np.testing.assert_allclose(said["tokens"], theirs.tokens.numpy(), atol=1e-4)
+    np.testing.assert_allclose(said["pooled"], theirs.pooled.numpy(), atol=1e-4)
+
+
+def test_a_loss_is_a_part_of_what_was_there() -> None:
+    def scores(value: float) -> dict:
+        return {"psnr": {"hole": value}, "fid[x]": {"hole": value}}
+
+    assert parity.losses(scores(10.0), scores(9.0)) == pytest.approx({"psnr": 0.1, "fid[x]": -0.1})
+    assert parity.losses(scores(0.0), scores(1.0)) == {"psnr": -math.inf, "fid[x]": math.inf}
+    assert parity.losses(scores(0.0), scores(0.0)) == {"psnr": 0.0, "fid[x]": 0.0}
 
 
 @pytest.mark.slow
@@ -77,7 +172,7 @@ def test_the_summary_says_where_int8_costs_too_much() -> None:
         "int8": worse,
         "loss": parity.losses(metrics, worse),
     }
-    lines = summary({"parity": {}, "files": {}, "graphs": {}, "quality": quality}).splitlines()
+    lines = summary({"precision": "int8", "parity": {}, "files": {}, "graphs": {}, "quality": quality}).splitlines()
     assert quality["loss"] == pytest.approx({"psnr": 0.01, "lpips[x]": 0.04})
     assert [line.startswith("lpips") for line in lines if "MORE THAN 2% WORSE" in line] == [True]
 
@@ -93,7 +188,7 @@ def test_the_folder_runs_by_itself_without_torch(exported: Exported, tmp_path: P
     code = (
         f"import sys, runpy; sys.modules['torch'] = sys.modules['refine_control'] = None; "
         f"sys.argv = ['run.py', '--image', {str(tmp_path / 'cat.png')!r}, '--mask', {str(tmp_path / 'hole.png')!r}, "
-        f"'--out', {str(out)!r}, '--seed', '3']; runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
+        f"'--out', {str(out)!r}, '--seed', '3']; sys.path[0] = {str(folder)!r}; runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -162,10 +257,10 @@ def test_a_name_that_is_no_plain_word_is_refused(tiny_folder: Path, tmp_path: Pa
 
 def test_a_model_that_cannot_be_expressed_is_refused_by_its_part(tmp_path: Path) -> None:
     model = tiny_model()
-    model.scheduler |= {"clip_sample": True}
-    store.save(model, tmp_path / "clips")
-    with pytest.raises(ModelError, match=r"clips'.*its scheduler clips"):
-        export_model(str(tmp_path / "clips"), "onnx", "fp32", tmp_path / "out")
+    model.scheduler |= {"thresholding": True}
+    store.save(model, tmp_path / "thresholds")
+    with pytest.raises(ModelError, match=r"thresholds'.*its scheduler thresholds"):
+        export_model(str(tmp_path / "thresholds"), "onnx", "fp32", tmp_path / "out")
 
 
 @pytest.mark.slow

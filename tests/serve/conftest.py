@@ -31,12 +31,17 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded student, and the same once more as a second model; two pictures of noise as examples."""
+    """The embedded student, and the same with another end of its schedule as "twin"; two pictures of noise."""
     from refine_control.export.export import export_model
 
     folder = tmp_path_factory.mktemp("site")
     export_model(f"zoo:{MODEL}", to="web", precision="fp16", out=folder)
     shutil.copytree(folder / "models" / MODEL, folder / "models" / "twin")
+    path = folder / "models" / "twin" / "refine-control.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["scheduler"]["final_alpha_cumprod"] = 0.9
+    path.unlink()
+    path.write_text(json.dumps(manifest), encoding="utf-8")
     (folder / "models.json").write_text(json.dumps([MODEL, "twin"]))
     (folder / "examples").mkdir(exist_ok=True)
     examples = []

@@ -86,8 +86,9 @@ def test_a_broken_graph_is_tried_humbly_then_told(copy_of_site: Path, look: Look
 def test_a_missing_file_leaves_a_message(copy_of_site: Path, look: Looking, name: str) -> None:
     (copy_of_site / name).unlink()
     seen = look(copy_of_site, bare=True)  # our own server would not start without models.json
-    seen.wait("error", "failed")
+    seen.page.wait_for_selector("#message:not([hidden])")
     assert len(seen.text("#message")) > 20
+    seen.wait("error", "failed", "ready")  # ready with the other model, where one is broken
 
 
 def test_where_webgpu_fails_webassembly_goes_on(site: Path, look: Looking) -> None:

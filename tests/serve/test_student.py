@@ -34,10 +34,16 @@ def run(site: Path, look: Callable[..., Look]) -> Run:
 
 
 CONFIGS = [
-    {"prediction_type": kind, "timestep_spacing": spacing, "steps_offset": offset, "final_alpha_cumprod": final}
-    for (kind, spacing), (offset, final) in itertools.product(
+    {
+        "prediction_type": kind,
+        "timestep_spacing": spacing,
+        "steps_offset": offset,
+        "final_alpha_cumprod": final,
+        "clip_sample_range": clip,
+    }
+    for (kind, spacing), (offset, final, clip) in itertools.product(
         itertools.product(["epsilon", "sample", "v_prediction"], ["leading", "trailing", "linspace"]),
-        [(0, 1.0), (1, 0.9991)],
+        [(0, 1.0, None), (1, 0.9991, 0.5)],
     )
 ]
 

@@ -29,14 +29,19 @@ from refine_control.errors import UserError
         flag("--out", type=Path, required=True, help="a folder; exported to the web, one holds several models"),
         flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
         flag("--name", help="what the model is called there; by default the last part of MODEL"),
-        flag("--data", default="data/emoji", help="for int8 to calibrate with and be scored on; the page's examples"),
+        flag("--data", help="for int8 to calibrate with and be scored on; the page's examples; data/emoji, without"),
+        flag("--calibration_images", default="24", help="of the split train, for int8"),
+        flag("--images", default="192", help="of the split test, to see int8's effect on; 0 leaves it unmeasured"),
     ],
 )
 def _export(args: argparse.Namespace) -> None:
     _need_engines()
     from refine_control.export.export import export_model, summary
 
-    manifest = export_model(args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name)
+    calibration, images = (_whole(args, name, least) for name, least in (("calibration_images", 1), ("images", 0)))
+    manifest = export_model(
+        args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name, calibration, images
+    )
     print(summary(manifest))
     if args.to == "web":
         print(f"refine-control serve {args.out}  opens the page")
@@ -86,9 +91,14 @@ def _bench(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from refine_control.serve.server import serve
 
-    if not args.port.isdigit() or int(args.port) > 65535:
-        raise UserError(f"--port '{args.port}' is no port; give a whole number up to 65535")
-    serve(args.folder, args.host, int(args.port), not args.no_browser)
+    serve(args.folder, args.host, _whole(args, "port", 0, 65535), not args.no_browser)
+
+
+def _whole(args: argparse.Namespace, name: str, least: int, most: int = 10**9) -> int:
+    given = getattr(args, name)
+    if not given.isascii() or not given.isdigit() or not least <= int(given) <= most:
+        raise UserError(f"--{name} '{given}' is no whole number from {least} to {most}")
+    return int(given)
 
 
 def _need_engines() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from refine_control import runtime
+from refine_control.data.source import open_usable
 from refine_control.diffusion.store import load, resolve
 from refine_control.errors import ModelError, UserError
 from refine_control.evaluate.compare import machine
@@ -24,16 +25,16 @@ from refine_control.files import write_whole
 from refine_control.recipe import Config, SampleConfig
 from refine_control.student.plan import cost
 
-WARM_UP = 2
 SETTLE = 0.25  # seconds: threads of the model before spin for a while after their work
 
 
 class BenchConfig(Config):
-    """repeats: turns that are counted, after WARM_UP that are not. data: pictures to score on, or None."""
+    """repeats: turns that are counted, after `warm_up` that are not. data: pictures to score on, or None."""
 
     num_inference_steps: tuple[PositiveInt, ...] = (10,)
     guidance_scale: float = Field(2.0, ge=1)
     repeats: PositiveInt = 10
+    warm_up: NonNegativeInt = 2
     num_threads: PositiveInt | None = None
     data: str | None = "data/emoji"
     images: int = Field(192, ge=2)
@@ -56,20 +57,29 @@ def bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
 
 def _bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
     entries = [entry for name in names for entry in _entries(name)]
+    if config.data is not None:
+        open_usable(config.data, "test", skip_corrupt=True)  # a mistake there should not cost the measurement
     rows = _measure(entries, config)
     for row, entry in zip(rows, entries, strict=True):
         row.update(_size(entry))
+    settings = config.model_dump() | {"num_threads": config.num_threads or cores()}
+    result = {"command": _command(names, config), "settings": settings, "machine": machine(), "rows": rows}
+    write_whole(out / "bench.json", json.dumps(result, indent=1))
     if config.data is not None:
         _score(rows, entries, config)
-    settings = config.model_dump() | {"num_threads": config.num_threads or cores()}
-    command = f"refine-control bench {' '.join(names)} --num_inference_steps " + ",".join(
-        map(str, config.num_inference_steps)
-    )
-    result = {"command": command, "settings": settings, "machine": machine(), "rows": rows}
-    write_whole(out / "bench.json", json.dumps(result, indent=1))
+        write_whole(out / "bench.json", json.dumps(result, indent=1))
     write_whole(out / "bench.md", table(result, " | "))
     plot(result, out / "bench.png")
     return table(result)
+
+
+def _command(names: Sequence[str], config: BenchConfig) -> str:
+    """What was typed, with every setting that is not the default."""
+    usual, words = BenchConfig(), ["refine-control bench", *names]
+    for key, value in config:
+        if value != getattr(usual, key):
+            words.append(f"--{key} {','.join(map(str, value)) if isinstance(value, tuple) else value or 'none'}")
+    return " ".join(words)
 
 
 def _entries(name: str) -> list[Entry]:
@@ -92,12 +102,12 @@ def _measure(entries: Sequence[Entry], config: BenchConfig) -> list[dict[str, An
     workers = [Worker(entry, config.guidance_scale, threads) for entry in entries]
     orders = [("forward",), *(("picture", steps) for steps in config.num_inference_steps)]
     taken: dict[tuple[int, tuple], list[float]] = {}
-    for turn in tqdm(range(WARM_UP + config.repeats), desc="measuring", unit="turn"):
+    for turn in tqdm(range(config.warm_up + config.repeats), desc="measuring", unit="turn"):
         for number, worker in enumerate(workers):
             for order in orders:
                 time.sleep(SETTLE)
                 seconds = worker.seconds(*order)  # type: ignore[arg-type]
-                if turn >= WARM_UP:
+                if turn >= config.warm_up:
                     taken.setdefault((number, order), []).append(seconds)
     return [
         {

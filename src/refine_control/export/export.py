@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.store import load
 from refine_control.errors import ModelError, UserError
+from refine_control.evaluate.heldout import HeldOut
 from refine_control.export import onnx, openvino, parity, web
 from refine_control.export.graph import Graph, graphs_of
 from refine_control.export.onnx import Feed, write_fp32
@@ -26,8 +27,24 @@ from refine_control.student.plan import cost
 
 Target = Literal["onnx", "openvino", "web"]
 Precision = Literal["fp32", "fp16", "int8"]
+DATA = "data/emoji"
+RUNNER = (Path(__file__).with_name("run.py"), Path(runtime.__file__))
 QUANTIZED = ("denoiser", "vae_decoder")  # the others cost little and lose much; they stay in half precision
-CALIBRATED_ON, SCORED_ON = 24, 192
+
+
+class Int8(NamedTuple):
+    """Pictures to choose int8's ranges by, and to see its effect on."""
+
+    data: str
+    calibration: HeldOut
+    scored: HeldOut | None
+
+    @classmethod
+    def open(cls, data: str, calibration_images: int, images: int, resolution: int) -> Int8:
+        if images == 1:
+            raise UserError("--images 1 is too few to score on; give 0 or at least 2")
+        scored = parity.open_heldout(data, "test", images, resolution) if images else None
+        return cls(data, parity.open_heldout(data, "train", calibration_images, resolution), scored)
 
 
 def export_model(
@@ -35,14 +52,18 @@ def export_model(
     to: Target,
     precision: Precision,
     out: Path,
-    data: str = "data/emoji",
+    data: str | None = None,
     controlnets: Sequence[str] = (),
     title: str | None = None,
+    calibration_images: int = 24,
+    images: int = 192,
 ) -> dict[str, Any]:
     """Writes the exported model to `out`, or for the web to out/models/TITLE with the page around it.
 
     controlnets: saved on their own; they replace the pipeline's. title: the model's name there, its own without.
-    data: pictures to calibrate int8 with (split train) and to see its effect on (split test); the page's examples.
+    data: pictures to calibrate int8 with (`calibration_images` of the split train) and to see its effect on (`images`
+    of the split test; 0 leaves it unmeasured); the page's examples. Without, DATA, or the examples that the page has.
+    What `out` held before is replaced when all is written, not earlier.
     Returns the manifest, which holds the differences from torch ("parity") and of int8 the effect ("quality").
 
     Raises:
@@ -54,26 +75,29 @@ def export_model(
         title = name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", title):
         raise UserError(f"'{title}' is no name for an exported model; give --name, of letters, digits, '.', '_', '-'")
+    out = out.resolve()
     final = out / "models" / title if to == "web" else out
     _refuse_other_files(out, to)
+    _refuse_other_files(final, "onnx")
     model = load(name, controlnets=controlnets).freeze()
     try:
+        int8 = Int8.open(data or DATA, calibration_images, images, model.resolution) if precision == "int8" else None
         graphs = graphs_of(model)
         manifest = _describe(model, title, to, precision, sample)
-        with tempfile.TemporaryDirectory() as scratch:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
             whole = Path(scratch) / "fp32"
             _write_fp32(graphs, model, whole, manifest)
             aside = Path(scratch) / "written"
-            manifest = _write(graphs, model, whole, aside, manifest, data, sample)
-            shutil.rmtree(final, ignore_errors=True)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(aside, final)
+            manifest = _write(graphs, model, whole, aside, manifest, int8, sample)
+            if to != "web":
+                for script in RUNNER:
+                    shutil.copyfile(script, aside / script.name)
+            _replace(final, aside, Path(scratch) / "before")
     except ModelError as error:
         raise ModelError(f"cannot export '{name}': {error}") from None
     if to == "web":
-        web.write_site(out, data)
-    else:
-        shutil.copyfile(runtime.__file__, final / "run.py")
+        web.write_site(out, data, DATA)
     return manifest
 
 
@@ -91,33 +115,33 @@ def _write(
     whole: Path,
     folder: Path,
     manifest: dict[str, Any],
-    data: str,
+    int8: Int8 | None,
     sample: SampleConfig,
 ) -> dict[str, Any]:
     folder.mkdir()
     precision, suffix = manifest["precision"], ".xml" if manifest["backend"] == "openvino" else ".onnx"
     exact = runtime.Student(whole)
-    feeds: dict[str, list[Feed]] = {}
-    if precision == "int8":
-        feeds = parity.calibration_feeds(
-            exact, parity.open_heldout(data, "train", CALIBRATED_ON, model.resolution), sample
-        )
+    feeds: dict[str, list[Feed]] = parity.calibration_feeds(exact, int8.calibration, sample) if int8 else {}
     for name in tqdm(graphs, desc=precision, unit="graph"):
-        writer = _writer(suffix, precision if name in QUANTIZED or precision != "int8" else "fp16", feeds.get(name, []))
-        writer(whole / f"{name}.onnx", folder / f"{name}{suffix}")
+        kept = precision if name in QUANTIZED or precision != "int8" else "fp16"
+        try:
+            _writer(suffix, kept, feeds.get(name, []))(whole / f"{name}.onnx", folder / f"{name}{suffix}")
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:  # of the converters' insides
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"its {name} cannot be written as {kept}{suffix}: {reason}") from None
     manifest = _finish(folder, model, manifest, suffix, graphs)
     student = runtime.Student(folder)
     errors = {name: parity.graph_error(graph, student) for name, graph in graphs.items()}
     manifest["parity"] = {"what": "largest difference from torch / max(1, largest number)", **errors}
-    if precision == "fp32" and max(errors.values()) > parity.FP32_BOUND:
-        worst = max(errors, key=lambda name: errors[name])
-        raise ModelError(f"its {worst} differs from torch by {errors[worst]:.1e}, more than {parity.FP32_BOUND:.0e}")
-    if precision == "int8":
-        heldout = parity.open_heldout(data, "test", SCORED_ON, model.resolution)
-        reference = parity.reference_of(heldout)
-        before, after = (reference.score(parity.draw(s, heldout, sample)) for s in (exact, student))
+    bound = parity.BOUNDS[precision]
+    for name, off in errors.items():
+        if not off <= bound:  # of nan too
+            raise ModelError(f"its {name} in {precision} differs from torch by {off:.1e}, more than {bound:.0e}")
+    if int8 and int8.scored:
+        reference = parity.reference_of(int8.scored)
+        before, after = (reference.score(parity.draw(s, int8.scored, sample)) for s in (exact, student))
         manifest["quality"] = {
-            "data": data,
+            "data": int8.data,
             "provenance": after["provenance"],
             "fp32": before["metrics"],
             "int8": after["metrics"],
@@ -140,11 +164,13 @@ def _writer(suffix: str, precision: str, feeds: list[Feed]) -> Callable[[Path, P
 def _describe(model: Model, title: str, to: Target, precision: Precision, sample: SampleConfig) -> dict[str, Any]:
     """The manifest, but for the files."""
     scheduler = sampler(model.scheduler)
-    if scheduler.config.clip_sample or scheduler.config.thresholding:
-        raise ModelError("its scheduler clips what it foresees (clip_sample, thresholding), which no runner here does")
+    if scheduler.config.thresholding:
+        raise ModelError("its scheduler thresholds what it foresees (thresholding), which no runner here does")
     latent = model.denoiser.foundation.config.sample_size
     counted = cost(model.denoiser, model)
     tokenizers = [each for each in (model.tokenizer, model.tokenizer_2) if each is not None]
+    if to == "web" and len(tokenizers) > 1:
+        raise ModelError("its text goes through two encoders (SDXL), and the page runs models with one")
     return {
         "format": runtime.FORMAT,
         "name": title,
@@ -158,6 +184,7 @@ def _describe(model: Model, title: str, to: Target, precision: Precision, sample
         "scheduler": {
             "alphas_cumprod": scheduler.alphas_cumprod.tolist(),
             "final_alpha_cumprod": float(scheduler.final_alpha_cumprod),
+            "clip_sample_range": scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
             **{key: scheduler.config[key] for key in ("prediction_type", "timestep_spacing", "steps_offset")},
         },
         "text": {
@@ -178,8 +205,12 @@ def _finish(
         tokenizer.backend_tokenizer.save(str(folder / name))
     manifest = manifest | {
         "graphs": {name: {"file": f"{name}{suffix}"} for name in graphs},
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != runtime.MANIFEST},
     }
+    for name in manifest["files"]:
+        if manifest["backend"] == "web" and name.endswith(".data"):
+            graph = name.partition(".")[0]
+            raise ModelError(f"its {graph} has more than 2 GB, and the page takes less; export a smaller student")
     write_whole(folder / runtime.MANIFEST, json.dumps(manifest, indent=1))
     return manifest
 
@@ -192,18 +223,43 @@ def summary(manifest: dict[str, Any]) -> str:
         size = sum(size for file, size in files.items() if file.partition(".")[0] == Path(graph["file"]).stem)
         lines.append(f"{name:14}{size / 1e6:8.2f}  {errors[name]:.1e}")
     lines.append(f"{'all files':14}{sum(files.values()) / 1e6:8.2f}")
+    if manifest["precision"] == "int8" and "quality" not in manifest:
+        lines += ["", "what int8 does to the pictures was NOT measured (no --images)"]
     if quality := manifest.get("quality"):
         lines += ["", f"of {quality['provenance']['n']} pictures of {quality['data']}, in the hole:"]
         for metric, loss in quality["loss"].items():
             before, after = quality["fp32"][metric]["hole"], quality["int8"][metric]["hole"]
-            verdict = f"MORE THAN {parity.MOST_LOSS:.0%} WORSE" if loss > parity.MOST_LOSS else ""
+            verdict = "" if loss <= parity.MOST_LOSS else f"MORE THAN {parity.MOST_LOSS:.0%} WORSE"
             lines.append(f"{metric:26} fp32 {before:10.4f}  int8 {after:10.4f}  loss {loss:+7.2%}  {verdict}".rstrip())
     return "\n".join(lines)
 
 
 def _refuse_other_files(out: Path, to: Target) -> None:
-    mark = "models.json" if to == "web" else runtime.MANIFEST
+    """Nothing but an export is ever replaced."""
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give --out a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / mark).is_file():
-        raise UserError(f"'{out}' holds other files than an export --to {to}; choose another folder")
+    if not out.is_dir():
+        return
+    found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    if to == "web":
+        strangers = set() if "models.json" in found else found - {"models"}
+    else:
+        manifest = out / runtime.MANIFEST
+        known = runtime.read_manifest(out)["files"] if manifest.is_file() else {}
+        strangers = found - {runtime.MANIFEST, "__pycache__", *known, *(script.name for script in RUNNER)}
+    if strangers:
+        raise UserError(
+            f"'{out}' holds other files than an export --to {to}, '{min(strangers)}'; choose another folder"
+        )
+
+
+def _replace(final: Path, new: Path, before: Path) -> None:
+    """Puts `new` at `final`; what was there goes to `before`, and comes back where that fails."""
+    if final.exists():
+        final.rename(before)
+    try:
+        new.rename(final)
+    except BaseException:
+        if before.exists():
+            before.rename(final)
+        raise

@@ -106,5 +106,6 @@ def _text_encoder(model: Model, rows: int) -> Graph:
 
     if len(encoders) == 1:
         return Graph("text_encoder", _Part([*encoders], embed_one), {"input_ids": words}, ("tokens",))
-    both = {"input_ids": words, "input_ids_2": words}
+    # Two tensors that differ: of one given twice, tracing makes a graph that reads a single input.
+    both = {"input_ids": words, "input_ids_2": words.flip(0)}
     return Graph("text_encoder", _Part([*encoders], embed_both), both, ("tokens", "pooled"))

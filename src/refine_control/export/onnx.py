@@ -18,6 +18,7 @@ from refine_control.errors import ModelError
 from refine_control.export.graph import Graph
 
 Feed = dict[str, np.ndarray]
+BIG = 1.9e9  # bytes; a file of protobuf ends at 2 GiB
 WORTH_HALVING = 256  # numbers; smaller tensors stay as they are
 QUANTIZED = ["Conv", "MatMul", "Gemm"]
 
@@ -56,7 +57,7 @@ def _export(graph: Graph, path: Path, dynamo: bool) -> None:
         dynamo=dynamo,
         input_names=names,
         output_names=[*graph.outputs],
-        external_data=sum(p.nbytes for p in graph.module.parameters()) > 1.9e9,
+        external_data=sum(p.nbytes for p in graph.module.parameters()) > BIG,
         verbose=False,
         **how,
     )
@@ -100,7 +101,8 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
     """
     with tempfile.TemporaryDirectory() as name:
         prepared = Path(name) / "prepared.onnx"
-        shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        big = _bytes_beside(source) > BIG
+        shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True, save_as_external_data=big)
         quantize_static(
             prepared,
             path,
@@ -111,6 +113,7 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=_ends(prepared),
+            use_external_data_format=big,
         )
 
 
@@ -124,12 +127,17 @@ class _Feeds(CalibrationDataReader):
 
 def _ends(path: Path) -> list[str]:
     """The names of the convolutions that read an input of the graph, and of the first and the last of all."""
-    graph = onnx.load(path).graph
+    graph = onnx.load(path, load_external_data=False).graph
     inputs = {each.name for each in graph.input}
     found = [node for node in graph.node if node.op_type == "Conv"]
     return [node.name for node in found if node in (found[0], found[-1]) or node.input[0] in inputs]
 
 
+def _bytes_beside(path: Path) -> int:
+    beside = path.with_name(f"{path.name}.data")
+    return beside.stat().st_size if beside.is_file() else 0
+
+
 def _save(model: onnx.ModelProto, path: Path) -> None:
-    big = model.ByteSize() > 1.9e9
+    big = model.ByteSize() > BIG
     onnx.save(model, path, save_as_external_data=big, location=f"{path.name}.data")

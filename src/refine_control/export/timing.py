@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine_control import runtime
-from refine_control.errors import ModelError, UserError
+from refine_control.errors import ModelError
 
 PROMPT = "flat cat face"
 
@@ -52,6 +52,7 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, entry, guidance, threads), daemon=True)
         self._process.start()
+        theirs.close()  # so that its death is heard
         self._answer()
 
     def seconds(self, what: str, *arguments: int) -> float:
@@ -69,7 +70,7 @@ class Worker:
     def _answer(self) -> Any:
         try:
             done, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise ModelError(f"'{self.entry.label}' ended while it was measured; is there memory enough?") from None
         if not done:
             raise ModelError(f"cannot measure '{self.entry.label}': {value}")
@@ -79,13 +80,15 @@ class Worker:
 def _serve(pipe: Connection, entry: Entry, guidance: float, threads: int) -> None:
     try:
         timed = (_pipeline if entry.backend == "torch" else _exported)(entry.source, guidance, threads)
+        if entry.backend != "torch" and "torch" in sys.modules:
+            raise ModelError("the script that measures imports torch where a new process does; its memory would count")
         pipe.send((True, None))
         while (order := pipe.recv())[0] != "peak":
             began = time.perf_counter()
             getattr(timed, order[0])(*order[1:])
             pipe.send((True, time.perf_counter() - began))
         pipe.send((True, peak_memory()))
-    except (UserError, runtime.ExportError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, who waits is told
         pipe.send((False, " ".join(str(error).split())[:300] or type(error).__name__))
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,11 +16,14 @@ from refine_control.data.source import open_usable
 from refine_control.errors import DataError
 
 PAGE = Path(__file__).parent.parent / "serve" / "page"
-LIBRARIES = Path(__file__).parent / "libraries"  # of the page, as their makers publish them; see its README
+LIBRARIES = Path(__file__).parent / "libraries"  # of the page, as their makers publish them; see the VERSIONS there
 
 
-def write_site(out: Path, data: str) -> None:
-    """Writes page, libraries, examples from `data`, and the list of the models in out/models, smallest first."""
+def write_site(out: Path, data: str | None, default: str) -> None:
+    """Writes page, libraries, and the list of the models in out/models, smallest first; a broken one is left out.
+
+    data: a folder to take examples from. None keeps those that are there, or takes them from `default`.
+    """
     shutil.copytree(PAGE, out, dirs_exist_ok=True)
     for source in (path for path in LIBRARIES.rglob("*") if path.is_file()):
         target = out / "lib" / source.relative_to(LIBRARIES)
@@ -28,10 +32,16 @@ def write_site(out: Path, data: str) -> None:
             target.with_suffix("").write_bytes(gzip.decompress(source.read_bytes()))
         else:
             shutil.copyfile(source, target)
-    manifests = [runtime.read_manifest(path.parent) for path in (out / "models").glob(f"*/{runtime.MANIFEST}")]
-    names = [manifest["name"] for manifest in sorted(manifests, key=lambda each: sum(each["files"].values()))]
+    models: dict[str, dict[str, Any]] = {}
+    for path in (out / "models").glob(f"[!.]*/{runtime.MANIFEST}"):
+        try:
+            models[path.parent.name] = runtime.read_manifest(path.parent)
+        except runtime.ExportError as error:
+            print(f"left out of the page: {error}")
+    names = sorted(models, key=lambda name: sum(models[name]["files"].values()))
     (out / "models.json").write_text(json.dumps(names), encoding="utf-8")
-    _write_examples(out, data, min(manifest["resolution"] for manifest in manifests))
+    if data is not None or not (out / "examples" / "examples.json").is_file():
+        _write_examples(out, data or default, min(manifest["resolution"] for manifest in models.values()))
 
 
 def _write_examples(out: Path, data: str, side: int, count: int = 8) -> None:
@@ -48,6 +58,6 @@ def _write_examples(out: Path, data: str, side: int, count: int = 8) -> None:
             name = f"examples/{number}.png"
             Image.fromarray(fit_square(example.image, side)).save(out / name)
             examples.append({"image": name, "prompt": example.text or ""})
-        for licence in sorted(Path(data).parent.glob("LICENSES/*")):
+        for licence in sorted(path for path in Path(data).parent.glob("LICENSES/*") if path.is_file()):
             shutil.copyfile(licence, out / "examples" / f"LICENSE.{licence.name}")
     (out / "examples" / "examples.json").write_text(json.dumps(examples), encoding="utf-8")

@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(self.path) > LONGEST_URL:
             self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
         elif not self.server.is_own_name(self.headers.get("Host")):
-            self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, f"ask for {self.server.url} instead")
         elif (path := find(self.server.folder, self.path)) is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         else:

@@ -41,23 +41,33 @@ async function start() {
   }
   const examplesOrNone = getJson("examples/examples.json").catch(() => []); // a site may do without
   const [names, examples] = await Promise.all([getJson("models.json"), examplesOrNone]);
-  const found = await Promise.all(names.map((name) => Model.named(name)));
-  const blobs = await Promise.all(examples.map(({ image }) => getBlob(image)));
-  examples.forEach((example, i) => (example.blob = blobs[i]));
-  models = found;
-  if (!models.length) throw new Fault("This site has no models. Export one into it.");
+  const faults = [];
+  models = await usable(names, (name) => Model.named(name), faults);
+  if (!models.length) throw faults[0] ?? new Fault("This site has no models. Export one into it.");
   listModels(models, (model) => safely(() => choose(model)));
   $("compare-label").hidden = models.length < 2;
   const { num_inference_steps: steps, guidance_scale: guidance } = models[0].manifest.defaults;
   [$("steps").value, $("guidance").value] = [steps, guidance];
   const { resolution, scheduler } = models[0].manifest;
   $("steps").max = Math.min(100, scheduler.alphas_cumprod.length);
-  for (const example of examples) example.pixels = await readPicture(example.blob, resolution, example.image);
-  listExamples(examples, (example) => takeExample(example).catch(complain));
+  const read = async (example) => {
+    const blob = await getBlob(example.image);
+    return { ...example, blob, pixels: await readPicture(blob, resolution, example.image) };
+  };
+  const shown = await usable(examples, read, faults);
+  listExamples(shown, (example) => takeExample(example).catch(complain));
   chosen = models[0];
-  if (examples.length) await takeExample(examples[0]);
+  if (shown.length) await takeExample(shown[0]);
   await choose(chosen);
+  if (faults.length) say(faults.map(({ message }) => message).join(" "));
   $("engine").querySelector('[value="webgpu"]').disabled = !(await hasGpu());
+}
+
+/** What `make` makes of each, without those that fail; their errors are added to `faults`. */
+async function usable(each, make, faults) {
+  const made = await Promise.allSettled(each.map(make));
+  faults.push(...made.filter(({ status }) => status === "rejected").map(({ reason }) => reason));
+  return made.filter(({ status }) => status === "fulfilled").map(({ value }) => value);
 }
 
 async function takeExample({ blob, image, prompt }) {
@@ -121,6 +131,8 @@ async function fill() {
     guidance: Number($("guidance").value),
     seed: Number($("seed").value),
   };
+  const left = models.filter((model) => $("compare").checked && !asked.includes(model)).map(({ name }) => name);
+  if (left.length) say(`Left out, made for pictures of another size: ${left.join(", ")}.`, false);
   const frames = listResults(asked, side);
   const grey = new Float32Array(3 * side * side);
   for (const frame of frames) frame.draw(paste(grey, request.picture, request.hole));

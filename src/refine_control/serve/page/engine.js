@@ -3,7 +3,7 @@
 const LIBRARY = new URL("./lib/ort/", import.meta.url).href;
 const PATIENCE = 60_000; // a thread that cannot start would otherwise keep us waiting for ever
 
-/** Which files an engine needs beside its module; the page fetches them, so that starting again asks for nothing. */
+/** Which files an engine needs beside its module; the page fetches them, so that starting again does not load them anew. */
 export const BINARIES = {
   wasm: "lib/ort/ort-wasm-simd-threaded.wasm",
   webgpu: "lib/ort/ort-wasm-simd-threaded.asyncify.wasm",

@@ -32,7 +32,8 @@ export class Model {
 
   #worker = null;
   #rungs = null;
-  #files = null; // Promise of { file: Blob }; kept, so that starting again asks the server for nothing
+  #files = null; // Promise of { file: Blob }; kept, so that starting again does not load them anew
+  #stopped = false;
 
   constructor(name, folder, manifest) {
     Object.assign(this, { name, folder, manifest, msPerStep: null });
@@ -75,8 +76,10 @@ export class Model {
 
   /** The filled picture and what it took: { pixels, ms }, or null when stopped. onStep: ({ number, ms, pixels }). */
   async fill(request, wanted, tell, onStep) {
+    this.#stopped = false;
     for (;;) {
       await this.open(wanted, tell);
+      if (this.#stopped) return null;
       try {
         return await this.#ask({ kind: "fill", request }, onStep);
       } catch (error) {
@@ -86,6 +89,7 @@ export class Model {
   }
 
   stop() {
+    this.#stopped = true; // it may be loading still, or again
     this.#worker?.postMessage({ kind: "stop" });
   }
 

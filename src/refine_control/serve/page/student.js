@@ -15,7 +15,7 @@ function round(x) {
 
 /** DDIM without noise of its own (2010.02502), number for number as diffusers' DDIMScheduler with eta 0. */
 export class Scheduler {
-  /** config: alphas_cumprod, final_alpha_cumprod, prediction_type, timestep_spacing, steps_offset. */
+  /** config: alphas_cumprod, final_alpha_cumprod, prediction_type, timestep_spacing, steps_offset, clip_sample_range. */
   constructor(config) {
     this.config = config;
     this.abar = config.alphas_cumprod;
@@ -39,6 +39,12 @@ export class Scheduler {
 
   /** The clean latents and the noise that a prediction stands for; x_t = alpha x_0 + sigma eps. */
   toX0Eps(prediction, t, x_t) {
+    const { x0, eps } = this.#toX0Eps(prediction, t, x_t);
+    const bound = this.config.clip_sample_range;
+    return { x0: bound === null ? x0 : x0.map((x) => Math.min(Math.max(x, -bound), bound)), eps };
+  }
+
+  #toX0Eps(prediction, t, x_t) {
     const alpha = fround(sqrt(this.abar[t]));
     const sigma = fround(sqrt(1 - this.abar[t]));
     const kind = this.config.prediction_type;

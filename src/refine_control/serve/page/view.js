@@ -5,12 +5,20 @@ import { show } from "./picture.js";
 
 export const $ = (id) => document.getElementById(id);
 
+let wasFocused = null; // what the keyboard was on when it was disabled
+
 /** state: loading, ready, busy, done, error, or failed where nothing goes on; tests and style.css read it. words replace the status line. */
 export function setState(state, words) {
   document.body.dataset.state = state;
   $("stop").hidden = state !== "busy";
-  $("fill").ariaDisabled = String(isWaiting()); // not disabled: that would take the keyboard's focus from it
+  $("fill").setAttribute("aria-disabled", isWaiting()); // not disabled: that would take the keyboard's focus from it
+  const focused = document.activeElement;
   for (const part of [$("models"), $("engine"), $("compare")]) part.disabled = isWaiting();
+  if (isWaiting() && focused.matches(":disabled")) wasFocused = focused;
+  if (!isWaiting() && wasFocused) {
+    if (document.activeElement === document.body) wasFocused.focus();
+    wasFocused = null;
+  }
   if (words !== undefined) $("status").textContent = words;
 }
 
@@ -57,10 +65,12 @@ export function tellModel(model) {
 export function tellEngine(model) {
   const rung = model.rung;
   if (!rung) return;
-  const why =
-    rung.engine === "wasm" && !self.crossOriginIsolated
+  let why = "";
+  if (rung.engine === "wasm" && !self.crossOriginIsolated) {
+    why = self.isSecureContext
       ? ": the server does not isolate this page (COOP and COEP headers), and threads need that"
-      : "";
+      : ": threads need https, or a page of this machine (localhost)";
+  }
   $("runs").textContent = `${model.name} runs on ${describe(rung)}${why}.`;
 }
 
