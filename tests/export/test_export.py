@@ -188,7 +188,8 @@ def test_the_folder_runs_by_itself_without_torch(exported: Exported, tmp_path: P
     code = (
         f"import sys, runpy; sys.modules['torch'] = sys.modules['refine_control'] = None; "
         f"sys.argv = ['run.py', '--image', {str(tmp_path / 'cat.png')!r}, '--mask', {str(tmp_path / 'hole.png')!r}, "
-        f"'--out', {str(out)!r}, '--seed', '3']; sys.path[0] = {str(folder)!r}; runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
+        f"'--out', {str(out)!r}, '--seed', '3']; sys.path[0] = {str(folder)!r}; "
+        f"runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
