@@ -30,7 +30,7 @@ def main() -> None:
     from common import write
     from full_size import write_random_teacher
     from refine_control.evaluate.compare import machine
-    from refine_control.export.bench import BenchConfig, bench
+    from refine_control.export.bench import BenchConfig, bench, plot
 
     results: dict = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {"students": {}}
     results["machine"] = machine()
@@ -51,6 +51,8 @@ def main() -> None:
         write(results, args.out)
         for folder in folders[1:]:
             shutil.rmtree(folder)
+    rows = [row for beside in results["students"].values() for row in beside[1:]]
+    plot({"rows": [next(iter(results["students"].values()))[0], *rows]}, args.out.with_suffix(".png"))
     if "teacher" not in results and args.teacher_steps:
         once = config.model_copy(update={"num_inference_steps": (args.teacher_steps,), "repeats": 1, "warm_up": 0})
         bench([str(teacher)], once, args.work / "bench" / "teacher")

@@ -111,6 +111,29 @@ def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     return lines
 
 
+def full_size(measured: dict[str, Any]) -> list[str]:
+    """What benchmarks/edge.py measured."""
+    how, on = measured["settings"], measured["machine"]
+    lines = ["## On the edge, at Stable Diffusion's size", "", "`python benchmarks/edge.py`", ""]
+    lines += [
+        "Random weights of the published shapes (SD 1.5 + ControlNet and students of them, 512 px): time and memory do "
+        "not depend on training, and quality is not claimed. "
+        f"Guidance {how['guidance_scale']}, {how['num_threads']} threads of {on['cores']} cores; "
+        f"medians and quartiles of {how['repeats']} turns, each student in turns with its teacher. "
+        "The autoencoder and the text encoder are the teacher's own, and are a large part of a small student's time.",
+        "",
+    ]
+    for name, rows in measured["students"].items():
+        lines += [f"Student `{name}`:", "", table_of_bench({"rows": rows}, " | ")]
+    if teacher := measured.get("teacher"):
+        ((steps, taken),) = teacher["picture_ms"].items()
+        lines += [
+            f"The teacher's pipeline with {steps} steps, measured once: {taken['median'] / 1e3:.0f} s a picture.",
+            "",
+        ]
+    return [*lines, "![time of a picture](../results/edge-full-size.png)", ""]
+
+
 def main() -> None:
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
     if gate := read("teacher-gate/scores.json"):
@@ -129,6 +152,8 @@ def main() -> None:
         lines += comparison("Controls", CONTROLS, controls)
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
+    if full := read("edge-full-size.json"):
+        lines += full_size(full)
     if page := read("benchmark-page.json"):
         lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]
         lines += ["| | a picture, 10 steps (ms) | a step (ms) | |", "|---|---|---|---|"]
