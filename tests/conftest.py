@@ -23,3 +23,7 @@ torch.set_num_threads(1)
 def teacher() -> Model:
     """A frozen tiny model that tests share; one that changes it builds its own."""
     return tiny_model().freeze()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the counts of make test-long, not a sample of them")

@@ -5,6 +5,15 @@ class UserError(ValueError):
     """A mistake in what the user gave us; the command line prints it in one line and exits with 2."""
 
 
+class Interrupted(BaseException):
+    """The process was sent a signal (its number). Like KeyboardInterrupt no Exception: nothing that only looks for
+    broken files may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class RecipeError(UserError):
     """A recipe key or value that cannot be used."""
 

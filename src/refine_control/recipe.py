@@ -114,6 +114,7 @@ class RunConfig(Config):
     gradient_accumulation_steps: PositiveInt = 1  # passes that a process takes for its share of a batch
     workers: int | None = Field(None, ge=0)  # threads that make batches ahead; default: 2 with a GPU, 0 without
     checkpoint_every: PositiveInt = 200
+    max_skipped_steps: int = Field(10, ge=0)  # whose loss or gradient was not finite, of a stage
     log_every: PositiveInt = 20
     grad_norm_every: PositiveInt = 200
     preview_every: PositiveInt = 500

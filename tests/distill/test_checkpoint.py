@@ -1,11 +1,14 @@
 """A checkpoint is whole or invisible, and the last whole one outlives whatever goes wrong after it."""
 
+import itertools
 import json
+import pkgutil
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +86,7 @@ def test_what_is_not_whole_is_not_seen(tmp_path: Path) -> None:
     aside = tmp_path / ".step-000004.part"
     aside.mkdir()
     save_file({"x": torch.zeros(1)}, aside / "trainable.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": 4, "format": 1}))
+    (aside / "state.json").write_text(json.dumps({"step": 4, "format": 2, "sha256": {}}))
     (tmp_path / "step-000001").mkdir()  # half pruned
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
     checkpoint.save(tmp_path, 4, some_state(1))
@@ -117,7 +120,7 @@ def assert_older_one_loads(folder: Path, saved: checkpoint.State) -> None:
     assert_same(saved, state)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "json.dumps", "os.fsync", "os.rename"])
+@pytest.mark.parametrize("failing", ["save_file", "json.dumps", "sync", "put_in_place"])
 def test_a_failing_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     saved = some_state(0)
     checkpoint.save(tmp_path, 2, saved)
@@ -137,3 +140,125 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
     with small_disk():
         failing_save(tmp_path)
     assert_older_one_loads(tmp_path, saved)
+
+
+# Killed anywhere
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after it runs, no clean-up either."""
+
+
+CALLS = ("save_file", "sync", "_sha256", "shutil.rmtree", "Path.rename", "Path.write_text", "Path.mkdir")
+
+
+@contextmanager
+def killed_at(moment: int) -> Iterator[None]:
+    """Ends at the moment-th call to the disk: before it, or half-way through what it writes or removes."""
+    left = iter(range(moment, -1, -1))
+
+    def dying(true: Callable, name: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left) == 0:
+                if name == "save_file":  # half a file
+                    true(*args, **kwargs)
+                    Path(args[1]).write_bytes(Path(args[1]).read_bytes()[:-7])
+                if name == "Path.write_text":
+                    true(args[0], args[1][: len(args[1]) // 2], **kwargs)
+                if name == "shutil.rmtree" and Path(args[0]).is_dir():  # half a folder
+                    sorted(Path(args[0]).iterdir())[0].unlink()
+                raise Killed
+            return true(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            place, _, attribute = f"refine_control.distill.checkpoint.{name}".rpartition(".")
+            owner = pkgutil.resolve_name(place)
+            patch.setattr(owner, attribute, dying(getattr(owner, attribute), name))
+        yield
+
+
+def test_killed_at_any_moment_of_saving_the_newest_whole_one_loads(tmp_path: Path) -> None:
+    """Every moment once; after each, the newest that is seen is the old or the new one, whole, and saving goes on."""
+    states = {step: some_state(step) for step in (2, 4, 6)}
+    seen = set()
+    for moment in itertools.count():
+        folder = tmp_path / str(moment)
+        checkpoint.save(folder, 2, states[2])
+        try:
+            with killed_at(moment):
+                checkpoint.save(folder, 4, states[4])
+        except Killed:
+            ended = False
+        else:
+            ended = True
+        step, state = checkpoint.read(checkpoint.latest(folder))
+        assert_same(state, states[step])
+        seen.add(step)
+        checkpoint.save(folder, 6, states[6])
+        assert_same(checkpoint.read(checkpoint.latest(folder))[1], states[6])
+        assert names(folder) == ["step-000006"]
+        if ended:
+            break
+    assert seen == {2, 4}
+    assert moment > 10, "so many moments there are at least"
+
+
+# Damaged after it was written
+
+
+def two(folder: Path) -> None:
+    """Checkpoints of steps 2 and 4, as they stand before the older one is pruned."""
+    checkpoint.save(folder, 2, some_state(2))
+    checkpoint.save(folder / "aside", 4, some_state(4))
+    (folder / "aside" / "step-000004").rename(folder / "step-000004")
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "empty"])
+def test_a_damaged_one_is_named_and_passed_over(
+    tmp_path: Path, name: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two(tmp_path)
+    path = tmp_path / "step-000004" / name
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1 << (3 if name != "state.json" else 7)  # the latter is no UTF-8
+    path.write_bytes({"flipped": content, "cut": content[:-3], "gone": b"", "empty": b""}[how])
+    if how == "gone":
+        path.unlink()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+    told = capsys.readouterr().err
+    if (name, how) != ("state.json", "gone"):  # that is how one looks that is half pruned
+        assert f"{tmp_path / 'step-000004'}' is damaged: {name}" in told
+        assert "going on from 'step-000002'" in told
+
+
+def test_where_all_are_damaged_nothing_begins_anew_unasked(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 2, some_state(2))
+    (tmp_path / "step-000002" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"ema\.safetensors has changed since it was written; remove"):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_damaged_one_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+    two(tmp_path)
+    (tmp_path / "step-000004" / "ema.safetensors").write_bytes(b"")
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+    checkpoint.save(tmp_path, 4, some_state(7))
+    assert_same(checkpoint.read(checkpoint.latest(tmp_path))[1], some_state(7))
+
+
+def test_one_without_hashes_of_an_older_version_loads(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 2, some_state(2))
+    (tmp_path / "step-000002" / "state.json").write_text('{"step": 2, "format": 1}')
+    assert_same(checkpoint.read(checkpoint.latest(tmp_path))[1], some_state(2))
+
+
+def test_one_of_a_later_version_says_so(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 2, some_state(2))
+    (tmp_path / "step-000002" / "state.json").write_text('{"step": 2, "format": 3, "sha256": {}}')
+    with pytest.raises(DataError, match="format 3, later than 2"):
+        checkpoint.latest(tmp_path)

@@ -1,6 +1,9 @@
 """The loop learns, logs what it says, averages, and goes on after any interruption as if there had been none."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -20,12 +23,13 @@ from refine_control.distill.loop import Losses, train
 from refine_control.distill.optimizer import learning_rate
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.distill.stages import Distillation
-from refine_control.errors import DataError, RecipeError, UserError
+from refine_control.errors import DataError, Interrupted, RecipeError, UserError
 from refine_control.recipe import RunConfig
 from refine_control.student.plan import probe
 from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
 
 ONE = batch(2)
+STRICT = {"max_skipped_steps": 0}
 SAVED_OFTEN = RUN.model_copy(update={"checkpoint_every": 2})
 
 
@@ -326,13 +330,101 @@ def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, 
     true = model.forward
     model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": torch.tensor(bad, requires_grad=True)}
     with pytest.raises(UserError) as caught:
-        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+        toy(tmp_path, model, run=SAVED_OFTEN.model_copy(update=STRICT), steps=6)
     assert str(caught.value).startswith(
         f"step 3: loss or gradient is not finite (loss = {bad:g}, near = {bad:g}, small"
     )
-    assert str(caught.value).endswith(f"its pictures: {ONE.keys[0]}, {ONE.keys[1]}")
+    (line,) = skipped_in(tmp_path)
+    assert line["pictures"] == list(ONE.keys)
+    assert line["losses"]["near"] == str(bad)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+
+
+def skipped_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+class Failing(Toy):
+    """Its loss is not finite in some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, batch: Batch) -> Losses:
+        terms = super().forward(batch)
+        return {**terms, "near": terms["near"] * torch.nan} if batch.seed in self.steps else terms
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
+    model = toy(tmp_path, Failing(1, 3), run=SAVED_OFTEN, steps=6)
+    assert [torch.equal(*pair) for pair in pairwise([*model.seen, model.x])][1:4:2] == [True, True]
+    assert [line["step"] for line in skipped_in(tmp_path)] == [1, 3]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 3, 5, 6]
+    assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+    assert newest(tmp_path)["ema"]["0"].isfinite().all()
+
+
+def test_the_allowance_counts_what_was_skipped_before_an_interruption(tmp_path: Path) -> None:
+    run = SAVED_OFTEN.model_copy(update={"max_skipped_steps": 2})
+    half = Failing(1, 3, 5)
+    interrupted_at(5, half, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, half, run=run, steps=8)
+    with pytest.raises(UserError, match=r"step 5: .* as in 2 steps before"):
+        toy(tmp_path, Failing(1, 3, 5), run=run, steps=8)
+    more = run.model_copy(update={"max_skipped_steps": 3})
+    toy(tmp_path, Failing(1, 3, 5), run=more, steps=8)
+    assert [line["step"] for line in skipped_in(tmp_path)] == [1, 3, 5]
+    whole = toy(tmp_path / "whole", Failing(1, 3, 5), run=more, steps=8)
+    assert torch.equal(newest(tmp_path)["trainable"]["x"], newest(tmp_path / "whole")["trainable"]["x"])
+    assert whole.x.isfinite().all()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_end_and_saves_it(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    model = Toy()
+    true = model.forward
+    model.forward = lambda b: (signal.raise_signal(number) if b.seed == 2 else None, true(b))[1]
+    with pytest.raises(Interrupted) as stopped:
+        toy(tmp_path / "half", model, steps=6)
+    assert stopped.value.number == number
+    assert signal.getsignal(number) == before
+    assert (tmp_path / "half" / "checkpoints" / "step-000003").is_dir()
+    again, whole = toy(tmp_path / "half", Toy(), steps=6), toy(tmp_path / "whole", Toy(), steps=6)
+    assert len(again.seen) == 3
+    assert torch.equal(again.x, whole.x)
+    assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(tmp_path: Path, number: int) -> None:
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
+from distill.test_loop import Toy, toy
+model = Toy()
+true = model.forward
+def forward(b):
+    if b.seed == 2:
+        signal.raise_signal({int(number)})
+        signal.raise_signal({int(number)})
+        print("still here")
+    return true(b)
+model.forward = forward
+toy(Path({str(tmp_path)!r}), model, steps=6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -number, done.stderr
+    assert "stopping after this step; once more stops at once" in done.stderr
+    assert "still here" not in done.stdout
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_memory_that_runs_out_names_the_step_and_what_takes_less(tmp_path: Path) -> None:
@@ -350,8 +442,8 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None
     model = Toy()
     true = model.forward
     model.forward = lambda b: true(b) if b.seed != 3 else {**true(b), "near": (model.x * 0).sqrt().sum()}
-    with pytest.raises(UserError, match="step 3: loss or gradient is not finite"):
-        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+    toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
+    assert [line["step"] for line in skipped_in(tmp_path)] == [3]
     assert model.x.isfinite().all()
 
 
@@ -400,7 +492,7 @@ def test_a_loss_that_is_not_finite_is_no_fault_of_the_scale(tmp_path: Path) -> N
     true = model.forward
     model.forward = lambda b: true(b) if b.seed != 1 else {**true(b), "near": (model.x * torch.nan).sum()}
     with pytest.raises(UserError, match="step 1: loss or gradient is not finite"):
-        toy(tmp_path, model, run=RUN.model_copy(update={"mixed_precision": "fp16"}), steps=6)
+        toy(tmp_path, model, run=RUN.model_copy(update={"mixed_precision": "fp16", **STRICT}), steps=6)
 
 
 def test_one_process_has_nothing_to_share(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ Row = tuple[Tensor, ...]
 
 
 class Encoder:
-    """What a frozen VAE and a frozen text encoder make of a batch. Deterministic, so keeping it changes nothing
-    but the last bit: convolutions round by their neighbours in a batch."""
+    """What a frozen VAE and a frozen text encoder make of a batch. Deterministic, so keeping it changes
+    nothing."""
 
     def __init__(self, model: Model, cache_gb: float, on_disk: EncoderCache | None = None) -> None:
         self.model, self.on_disk = model, on_disk
@@ -51,18 +51,19 @@ class Encoder:
     def _memo(
         self, kept: dict[Hashable, Row], keys: Sequence[Hashable], compute: Callable[[list[int]], list[Tensor]]
     ) -> list[Tensor]:
-        """compute: row numbers -> one tensor, or several side by side, with one entry for each of these rows."""
+        """compute: row numbers -> one tensor, or several side by side, with one entry for each of these rows.
+
+        Rows are computed one by one: by its neighbours in a batch a row would be rounded otherwise, and a run that was
+        interrupted meets others than one that was not.
+        """
         missing = {key: row for row, key in enumerate(keys) if key not in kept}
-        fresh: dict[Hashable, Row] = {}
-        if missing:
-            with torch.autocast(self.model.device.type, enabled=False):  # latents do not depend on how a step computes
-                computed = compute(list(missing.values()))
-            fresh = dict(zip(missing, zip(*computed, strict=True), strict=True))
+        with torch.autocast(self.model.device.type, enabled=False):  # latents do not depend on how a step computes
+            fresh = {key: tuple(part[0] for part in compute([row])) for key, row in missing.items()}
         rows = [fresh[key] if key in fresh else kept[key] for key in keys]
         result = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         for key, row in fresh.items():
             size = sum(part.element_size() * part.numel() for part in row)
             if size <= self._bytes_left:
                 self._bytes_left -= size
-                kept[key] = tuple(part.clone() for part in row)  # rows of its own: a view would keep its whole batch
+                kept[key] = row
         return result

@@ -22,6 +22,7 @@ from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.errors import ModelError
+from refine_control.files import put_in_place
 
 disable_progress_bar()  # one bar for each file of a model says nothing
 
@@ -58,10 +59,11 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         network.to(dtype)
     try:
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
+        put_in_place(aside, folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise ModelError(f"cannot write '{folder}': {error}; make room, then run the same command") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def resolve(name: str, own_controlnets: bool = True) -> Path:

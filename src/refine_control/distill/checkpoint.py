@@ -1,19 +1,24 @@
-"""Checkpoints that are whole or invisible: written aside, then renamed into place; safetensors and JSON only."""
+"""Checkpoints that are whole or invisible. Written aside, synced, a manifest of hashes last, renamed into place; older
+ones go only after. safetensors and JSON only."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from refine_control.errors import DataError
+from refine_control.files import put_in_place, sync
 
 State = dict[str, dict[str, Tensor]]  # name of a file -> name of a tensor -> its value
+MANIFEST, FORMAT = "state.json", 2  # format 1 had no hashes
 
 
 def save(folder: Path, step: int, state: State) -> None:
@@ -26,31 +31,81 @@ def save(folder: Path, step: int, state: State) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+        hashes = {}
         for name, tensors in state.items():
-            save_file(tensors, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, "format": 1}), encoding="utf-8")
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(aside, target)
+            path = aside / f"{name}.safetensors"
+            save_file(tensors, path)
+            sync(path)
+            hashes[path.name] = _sha256(path)
+        manifest = aside / MANIFEST
+        manifest.write_text(json.dumps({"format": FORMAT, "step": step, "sha256": hashes}), encoding="utf-8")
+        sync(manifest)
+        sync(aside)
+        put_in_place(aside, target)  # there may be a damaged one that was passed over
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"cannot write checkpoint '{target}': {error}; make room, then run the same command") from None
-    for old in sorted(folder.glob("step-*"), key=_step)[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in folder.iterdir():
+        if old != target and (old.name.startswith((".step-", "step-"))):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
-    found = [path.parent for path in folder.glob("step-*/state.json")]
-    return max(found, key=_step, default=None)
+    """The newest checkpoint that is whole. What is damaged is named on stderr and passed over.
+
+    Raises:
+        DataError: there are checkpoints, and all are damaged or of a later format.
+    """
+    faults = []
+    for path in sorted(folder.glob("step-*"), key=_step, reverse=True):
+        if not (path / MANIFEST).is_file():
+            continue  # half pruned
+        try:
+            _check(path)
+        except DataError as error:
+            faults.append(str(error))
+        else:
+            for fault in faults:
+                print(f"refine-control: {fault}; going on from '{path.name}'", file=sys.stderr)
+            return path
+    if faults:
+        raise DataError(f"{faults[0]}; remove '{folder}' to begin this stage anew")
+    return None
 
 
 def read(path: Path) -> tuple[int, State]:
     """The number of steps done and everything that `save` wrote."""
-    step = int(json.loads((path / "state.json").read_text(encoding="utf-8"))["step"])
-    return step, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return _manifest(path)["step"], {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+
+
+def _check(path: Path) -> None:
+    """Raises DataError where a checkpoint is not as it was written."""
+    manifest = _manifest(path)
+    for name, digest in manifest.get("sha256", {}).items():
+        if not (path / name).is_file():
+            raise DataError(f"checkpoint '{path}' is damaged: {name} is missing")
+        if _sha256(path / name) != digest:
+            raise DataError(f"checkpoint '{path}' is damaged: {name} has changed since it was written")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        step, found = int(manifest["step"]), int(manifest["format"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"checkpoint '{path}' is damaged: {MANIFEST}: {error}") from None
+    if found > FORMAT:
+        raise DataError(
+            f"checkpoint '{path}' is of format {found}, later than {FORMAT}; use the refine-control it is of"
+        )
+    return {**manifest, "step": step}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1

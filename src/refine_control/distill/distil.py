@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from refine_control.distill.processes import pick_device, set_threads
 from refine_control.distill.stages import Distillation, teacher_features
 from refine_control.distill.teacher import check_resolution, contents, open_pictures
 from refine_control.errors import RecipeError
+from refine_control.files import hold
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, claim
 from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
@@ -63,6 +65,10 @@ class Distiller:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
         recipe = self.pinned(recipe)
         _agree(recipe)
+        with hold(folder) if self.team.is_main_process else nullcontext():
+            return self._run(recipe, folder)
+
+    def _run(self, recipe: DistilRecipe, folder: Path) -> Path:
         if self.team.is_main_process:
             self.claim(recipe, folder)
         student, bridges = self.fresh_student(recipe)

@@ -82,6 +82,8 @@ class Learner:
         if self.scale.value != 1:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.scale.value)
         norm = clip(self.parameters, self.stage.max_grad_norm)
+        if self.team.num_processes > 1:  # all step, or none
+            loss = self.team.reduce(loss.detach().clone(), "mean")
         if not math.isfinite(loss):
             self.scale.lowered = False
             return math.nan

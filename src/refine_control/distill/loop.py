@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from refine_control.data.ahead import Ahead
 from refine_control.data.batch import Batch
+from refine_control.distill.interrupt import Interrupts
 from refine_control.distill.learner import Learner
 from refine_control.distill.optimizer import learning_rate
 from refine_control.distill.processes import Batches, gather, share_out, unsynchronised
-from refine_control.errors import UserError
+from refine_control.errors import Interrupted, UserError
+from refine_control.files import write_whole
 from refine_control.recipe import RunConfig, StageConfig
 
 Losses = dict[str, Tensor]
@@ -41,9 +46,12 @@ def train(
     weights are sharded. A step's batch is shared out over the processes and, within each, over
     run.gradient_accumulation_steps passes.
 
+    A step whose loss or gradient is not finite changes no weight; its pictures are named in skipped.jsonl.
+
     Raises:
-        UserError: a loss or gradient is not finite (step and pictures are named), memory runs out, or processes see
-            different checkpoints; the last checkpoint is untouched.
+        UserError: more than run.max_skipped_steps steps were skipped, memory runs out, or processes see different
+            checkpoints; the last checkpoint is untouched.
+        Interrupted: SIGTERM or Ctrl-C came; all steps until then are in a checkpoint.
     """
     device = next(p.device for p in objective.parameters() if p.requires_grad)
     team = gather(device)
@@ -58,7 +66,7 @@ def train(
     )  # fmt: skip
     # On a CPU, a second thread's tensor operations take OpenMP's cores from the step: it then takes twice as long.
     workers = run.workers if run.workers is not None else 2 * (device.type != "cpu")
-    with Ahead(share, stage.steps, workers) as ahead:
+    with Ahead(share, stage.steps, workers) as ahead, Interrupts(team) as interrupts:
         for step in bar:
             asked = time.monotonic()
             passes, done = ahead(step), step + 1
@@ -67,16 +75,20 @@ def train(
             with _memory_named(step):
                 means, norms = _accumulate(learner, passes, weights, measured)
                 norm = learner.update(step, means["loss"])
-            if not (math.isfinite(norm) or learner.scale.lowered):
-                raise _not_finite(step, means, passes)
-            if done % run.log_every == 0 or step == 0 or norms:
+            skipped = not (math.isfinite(norm) or learner.scale.lowered)
+            if skipped:
+                _skip(folder, step, means, passes, run, team)
+            if not skipped and (done % run.log_every == 0 or step == 0 or norms):
                 reduced = team.reduce(torch.stack(list(means.values())), "mean").tolist()
                 line = {"step": done, **dict(zip(means, reduced, strict=True)), "lr": learning_rate(step, stage)}
                 line |= {"grad_norm": norm} if math.isfinite(norm) else {}
                 log.write(line | {f"grad_norm/{name}": value for name, value in norms.items()})
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
-            if done % run.checkpoint_every == 0 or done == stage.steps:
+            stopping = interrupts.asked()
+            if stopping or done % run.checkpoint_every == 0 or done == stage.steps:
                 learner.save(done)
+            if stopping:
+                raise Interrupted(stopping)
             drawing = team.is_main_process and not learner.sharded
             if preview and drawing and (done % run.preview_every == 0 or done == stage.steps):
                 with learner.averaged():
@@ -122,10 +134,23 @@ def _memory_named(step: int) -> Iterator[None]:
         ) from None
 
 
-def _not_finite(step: int, means: Losses, passes: list[Batch]) -> UserError:
+def _skip(folder: Path, step: int, means: Losses, passes: list[Batch], run: RunConfig, team: Accelerator) -> None:
+    """Writes down a step that could not be taken. Raises UserError where that is one too many."""
     named = ", ".join(f"{name} = {value.item():g}" for name, value in means.items())
-    keys = ", ".join(key for batch in passes for key in batch.keys)
-    return UserError(f"step {step}: loss or gradient is not finite ({named}); its pictures: {keys}")
+    keys = [key for some in gather_object([[key for batch in passes for key in batch.keys]]) for key in some]
+    told = f"step {step}: loss or gradient is not finite ({named})"
+    skipped = Log(folder / "skipped.jsonl", step - 1, team.is_main_process)
+    skipped.write(
+        {"step": step, "losses": {name: str(value.item()) for name, value in means.items()}, "pictures": keys}
+    )
+    count = max(gather_object([skipped.lines]))  # the main process knows
+    if count > run.max_skipped_steps:
+        raise UserError(
+            f"{told}, as in {count - 1} steps before, and run.max_skipped_steps is {run.max_skipped_steps}; "
+            f"'{skipped.path}' names the pictures of each. The last checkpoint is as it was: mend or remove them, "
+            "or raise run.max_skipped_steps, then run the same command to go on"
+        )
+    tqdm.write(f"{told}; skipped, its pictures are in '{skipped.path}'", file=sys.stderr)
 
 
 def _gradient_norms(terms: Losses, parameters: list[nn.Parameter], scale: float) -> dict[str, float]:
@@ -142,22 +167,23 @@ class Log:
     """losses.jsonl: a line of numbers for a step. Only the main process writes; only steps that are kept stay in it."""
 
     def __init__(self, path: Path, start: int, writes: bool) -> None:
-        """Drops torn lines and steps beyond `start`, of which the checkpoint knows nothing."""
-        self.path, self.writes = path, writes
+        """Drops torn lines and steps beyond `start`, of which the checkpoint knows nothing. lines: how many it has."""
+        self.path, self.writes, self.lines = path, writes, 0
         self.began, self.waited = time.monotonic(), 0.0
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(line + "\n" for line in kept))
+        self.lines = len(kept)
         if kept:
             last = json.loads(kept[-1])
             self.began, self.waited = self.began - last["seconds"], last.get("waited", 0.0)
 
-    def write(self, line: dict[str, float]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
         """Adds the seconds of training so far, interruptions not counted, and those of them spent waiting for data."""
         if self.writes:
             line = {**line, "seconds": time.monotonic() - self.began, "waited": self.waited}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self.lines += 1

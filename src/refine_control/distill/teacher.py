@@ -24,6 +24,7 @@ from refine_control.distill.losses import task_loss
 from refine_control.distill.preview import Preview, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.errors import DataError, ModelError
+from refine_control.files import hold
 from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, claim
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
@@ -33,6 +34,11 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     """Trains what the recipe describes, or goes on where it stopped. Returns the folder of the saved model."""
     refuse_processes("train-teacher")
     folder = Path(recipe.output_dir)
+    with hold(folder):
+        return _train_teacher(recipe, folder)
+
+
+def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     set_threads(recipe.run)
     labelled, unlabelled = open_pictures(recipe.data)
     claim(recipe, folder, contents(labelled, unlabelled))

@@ -30,7 +30,7 @@ from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
 from refine_control.evaluate.rows import check_rows, train_row, wall_seconds
-from refine_control.files import write_whole
+from refine_control.files import hold, write_whole
 from refine_control.recipe import DistilRecipe
 
 LABELS = {
@@ -54,6 +54,11 @@ def compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int]) -> 
     refuse_processes("compare")
     out = Path(recipe.output_dir)
     check_rows(rows)
+    with hold(out):
+        return _compare(recipe, rows, seeds, out)
+
+
+def _compare(recipe: DistilRecipe, rows: Sequence[str], seeds: Sequence[int], out: Path) -> str:
     recipe = with_known_commits(recipe, out / rows[0] / f"seed-{seeds[0]}")
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     folders = {(row, seed): out / row / f"seed-{seed}" for seed in seeds for row in rows}

@@ -93,6 +93,7 @@ def evaluate_model(
     for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
         pictures[domain_name] = domain.heldout.draw(model, recipe.sample)
         result["domains"][domain_name] = domain.score(pictures[domain_name])
+    kept.unlink(missing_ok=True)  # the older pictures are about to go
     try:
         save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
     except SafetensorError as error:  # what safetensors makes of a full disk

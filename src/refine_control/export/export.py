@@ -21,7 +21,7 @@ from refine_control.evaluate.heldout import HeldOut
 from refine_control.export import onnx, openvino, parity, web
 from refine_control.export.graph import Graph, graphs_of
 from refine_control.export.onnx import Feed, write_fp32
-from refine_control.files import write_whole
+from refine_control.files import put_in_place, write_whole
 from refine_control.recipe import SampleConfig
 from refine_control.student.plan import cost
 
@@ -93,7 +93,7 @@ def export_model(
             if to != "web":
                 for script in RUNNER:
                     shutil.copyfile(script, aside / script.name)
-            _replace(final, aside, Path(scratch) / "before")
+            put_in_place(aside, final)
     except ModelError as error:
         raise ModelError(f"cannot export '{name}': {error}") from None
     if to == "web":
@@ -251,15 +251,3 @@ def _refuse_other_files(out: Path, to: Target) -> None:
         raise UserError(
             f"'{out}' holds other files than an export --to {to}, '{min(strangers)}'; choose another folder"
         )
-
-
-def _replace(final: Path, new: Path, before: Path) -> None:
-    """Puts `new` at `final`; what was there goes to `before`, and comes back where that fails."""
-    if final.exists():
-        final.rename(before)
-    try:
-        new.rename(final)
-    except BaseException:
-        if before.exists():
-            before.rename(final)
-        raise

@@ -1,0 +1,67 @@
+"""Results are whole or not there, and a folder has one writer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refine_control import files
+from refine_control.errors import UserError
+
+
+def test_a_failing_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_whole(tmp_path / "a.json", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(OSError, match="No space"):
+                files.write_whole(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "old"
+
+
+def holding(folder: Path, then: str) -> subprocess.Popen[str]:
+    """Another process that holds the folder, says so, and goes on."""
+    code = f"""
+import sys
+from pathlib import Path
+from refine_control.files import hold
+with hold(Path({str(folder)!r})):
+    print("held", flush=True)
+    {then}
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with holding(tmp_path, "sys.stdin.read()") as process:
+        with pytest.raises(UserError, match="another process is at work"), files.hold(tmp_path):
+            pass
+        process.communicate()
+    with files.hold(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "kill"), reason="no signals here")
+def test_a_process_that_was_killed_leaves_no_lock(tmp_path: Path) -> None:
+    with holding(tmp_path, "sys.stdin.read()") as process:
+        process.kill()
+        process.wait()
+    with files.hold(tmp_path):
+        pass
+
+
+def test_an_error_gives_the_lock_back(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.hold(tmp_path):
+        1 / 0  # noqa: B018
+    with files.hold(tmp_path):
+        pass
