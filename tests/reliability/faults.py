@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Killer:
             time.sleep(0.002)
 
     def until_done(self, wanted: int, longest: float, seed: int, folder: Path) -> None:
-        """Starts it again and again, killed at random moments up to `longest` seconds; after `wanted` kills it may end."""
+        """Starts it again and again, killed at random moments up to `longest` seconds; after `wanted`, it may end."""
         draw = random.Random(seed)
         while len(self.kills) < wanted:
             code = self.run(draw.uniform(0, longest))
@@ -57,6 +58,7 @@ class Killer:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))  # not pytest's
             from refine_control.cli import main
 
             os._exit(main(self.command))

@@ -61,7 +61,7 @@ def test_killed_at_random_it_ends_where_an_uninterrupted_run_ends(
         out = tmp_path / f"killed-{round_}"
         killed = compare(recipe, out, *flags, *caches[1])
         killed.until_done(
-            wanted - sum(phases.values()), 1.1 * taken, seed=100 * workers + 10 * cached + round_, folder=out
+            wanted - sum(phases.values()), 0.8 * taken, seed=100 * workers + 10 * cached + round_, folder=out
         )
         assert differences(outcome(tmp_path / "whole"), outcome(out)) == []
         phases.update(killed.kills)
@@ -102,5 +102,4 @@ def test_a_second_process_on_the_same_run_is_refused(recipe: Path, tmp_path: Pat
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert Killer([*command, "--stage1.steps", "2"], tmp_path / "third.log").run() == 2  # of another recipe
-    assert "lock" not in (tmp_path / "third.log").read_text(encoding="utf-8")
+    assert Killer([*command, "--stage1.steps", "2"], tmp_path / "third.log").run() == 0  # the dead one holds nothing
