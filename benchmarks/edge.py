@@ -1,89 +1,76 @@
 """Stable Diffusion 1.5 + ControlNet against its small students on this CPU: a forward, a whole picture, memory.
 
-    python benchmarks/edge.py --out results/edge-full-size.json
+    python benchmarks/edge.py --out results/edge-full-size
 
 Random weights of the published shapes at 512 px (time does not depend on training; quality is not claimed). Each
-student is exported as `refine-control export` does, then measured in turns with its teacher's stock pipeline as
-`refine-control bench` does. Goes on where it stopped: remove --out to measure anew.
+student is exported as `refine-control export` does, then all take turns with the teacher's stock pipeline, one in
+memory at a time. Writes OUT/bench.json and bench.png. Exports that are in --work already are measured as they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # Only light imports up here: each measured process reads this file, and what it imports counts as its memory.
-EXPORTS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "int8"))
+KINDS = ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-int8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", default="micro,mobile,bk-tiny")
-    parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--teacher_steps", type=int, default=50, help="of the teacher as its user runs it, once")
+    parser.add_argument("--num_inference_steps", default="10")
+    parser.add_argument("--repeats", default="3")
     parser.add_argument("--work", type=Path, default=Path("runs/edge-full-size"), help="models, tens of GB")
-    parser.add_argument("--out", type=Path, default=Path("results/edge-full-size.json"))
+    parser.add_argument("--only_export", action="store_true", help="measure later")
+    parser.add_argument("--out", type=Path, default=Path("results/edge-full-size"))
     args = parser.parse_args()
-    from common import write
-    from full_size import write_random_teacher
-    from refine_control.evaluate.compare import machine
-    from refine_control.export.bench import BenchConfig, bench, plot
+    args.work = args.work.resolve()
+    students, teacher = args.students.split(","), args.work / "sd15"
+    subprocess.run([sys.executable, "-c", WRITE, str(args.work), *students], check=True, cwd=Path(__file__).parent)
+    pipelines = [args.work / f"sd15-{name}" for name in students]
+    exported = [Path(f"{pipeline}-{kind}") for pipeline in pipelines for kind in KINDS]
+    for pipeline in pipelines:
+        for kind in KINDS:
+            export(pipeline, Path(f"{pipeline}-{kind}"), *kind.split("-"))
+    if args.only_export:
+        return
+    from refine_control.export.bench import BenchConfig, bench
 
-    results: dict = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {"students": {}}
-    results["machine"] = machine()
-    teacher = args.work / "sd15"
-    if not (teacher / "model_index.json").is_file():
-        write_random_teacher(teacher)
     config = BenchConfig(
-        num_inference_steps=(args.num_inference_steps,), repeats=args.repeats, warm_up=1, data=None, guidance_scale=7.5
-    )
-    for name in args.students.split(","):
-        if name in results["students"]:
-            continue
-        folders = write_student(name, teacher, args.work)
-        bench([str(folder) for folder in (teacher, *folders)], config, args.work / "bench" / name)
-        found = json.loads((args.work / "bench" / name / "bench.json").read_text(encoding="utf-8"))
-        results["students"][name] = found["rows"]
-        results["settings"] = found["settings"]
-        write(results, args.out)
-        for folder in folders[1:]:
-            shutil.rmtree(folder)
-    rows = [row for beside in results["students"].values() for row in beside[1:]]
-    plot({"rows": [next(iter(results["students"].values()))[0], *rows]}, args.out.with_suffix(".png"))
-    if "teacher" not in results and args.teacher_steps:
-        once = config.model_copy(update={"num_inference_steps": (args.teacher_steps,), "repeats": 1, "warm_up": 0})
-        bench([str(teacher)], once, args.work / "bench" / "teacher")
-        found = json.loads((args.work / "bench" / "teacher" / "bench.json").read_text(encoding="utf-8"))
-        results["teacher"] = found["rows"][0]
-        write(results, args.out)
+        num_inference_steps=[int(n) for n in args.num_inference_steps.split(",")], guidance_scale=7.5, data=None,
+        repeats=int(args.repeats), warm_up=0, keep_loaded=False,
+    )  # fmt: skip
+    print(bench([str(path) for path in (teacher, *pipelines, *exported)], config, args.out))
 
 
-def write_student(name: str, teacher: Path, work: Path) -> list[Path]:
-    """The student's pipeline, then each of its exports."""
-    import dataclasses
+def export(pipeline: Path, out: Path, backend: str, precision: str) -> None:
+    """In a process of its own, whose memory is given back."""
+    if not (out / "refine-control.json").is_file():
+        command = ["export", str(pipeline), "--to", backend, "--precision", precision, "--out", str(out)]
+        few = ["--calibration_images", "1", "--images", "0"]
+        subprocess.run([sys.executable, "-m", "refine_control", *command, *few], check=True)
 
-    import torch
 
-    from refine_control.diffusion.store import load, save
-    from refine_control.export.export import export_model
-    from refine_control.student.plan import build_student
-
-    whole, folder = load(str(teacher)), work / f"sd15-{name}"
-    if not (folder / "model_index.json").is_file():
+# The teacher's pipeline and each student's, random, in half precision; in a process of its own too.
+WRITE = """
+import dataclasses, sys
+from pathlib import Path
+import torch
+from full_size import write_random_teacher
+from refine_control.diffusion.store import load, save
+from refine_control.student.plan import build_student
+work, names = Path(sys.argv[1]), sys.argv[2:]
+if not (work / "sd15" / "model_index.json").is_file():
+    write_random_teacher(work / "sd15")
+for name in names:
+    if not (work / f"sd15-{name}" / "model_index.json").is_file():
+        teacher = load(str(work / "sd15"))
         torch.manual_seed(0)
-        student = build_student(name, whole)  # type: ignore[arg-type]
-        save(dataclasses.replace(whole, denoiser=student), folder, torch.float16)
-    del whole
-    folders = [folder]
-    for backend, precision in EXPORTS:
-        out = work / f"sd15-{name}-{backend}-{precision}"
-        if not (out / "refine-control.json").is_file():
-            export_model(str(folder), backend, precision, out, calibration_images=1, images=0)  # type: ignore[arg-type]
-        folders.append(out)
-    return folders
+        save(dataclasses.replace(teacher, denoiser=build_student(name, teacher)), work / f"sd15-{name}", torch.float16)
+"""
 
 
 if __name__ == "__main__":

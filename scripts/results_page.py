@@ -114,24 +114,21 @@ def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
 def full_size(measured: dict[str, Any]) -> list[str]:
     """What benchmarks/edge.py measured."""
     how, on = measured["settings"], measured["machine"]
-    lines = ["## On the edge, at Stable Diffusion's size", "", "`python benchmarks/edge.py`", ""]
-    lines += [
+    return [
+        "## On the edge, at Stable Diffusion's size",
+        "",
+        "`python benchmarks/edge.py`",
+        "",
         "Random weights of the published shapes (SD 1.5 + ControlNet and students of them, 512 px): time and memory do "
         "not depend on training, and quality is not claimed. "
         f"Guidance {how['guidance_scale']}, {how['num_threads']} threads of {on['cores']} cores; "
-        f"medians and quartiles of {how['repeats']} turns, each student in turns with its teacher. "
-        "The autoencoder and the text encoder are the teacher's own, and are a large part of a small student's time.",
+        f"medians and quartiles of {how['repeats']} turns, one model in memory at a time. "
+        "The autoencoder and the text encoder are the teacher's own, and most of a small student's time and size.",
+        "",
+        table_of_bench(measured, " | "),
+        "![time of a picture](../results/edge-full-size/bench.png)",
         "",
     ]
-    for name, rows in measured["students"].items():
-        lines += [f"Student `{name}`:", "", table_of_bench({"rows": rows}, " | ")]
-    if teacher := measured.get("teacher"):
-        ((steps, taken),) = teacher["picture_ms"].items()
-        lines += [
-            f"The teacher's pipeline with {steps} steps, measured once: {taken['median'] / 1e3:.0f} s a picture.",
-            "",
-        ]
-    return [*lines, "![time of a picture](../results/edge-full-size.png)", ""]
 
 
 def main() -> None:
@@ -152,7 +149,7 @@ def main() -> None:
         lines += comparison("Controls", CONTROLS, controls)
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
-    if full := read("edge-full-size.json"):
+    if full := read("edge-full-size/bench.json"):
         lines += full_size(full)
     if page := read("benchmark-page.json"):
         lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]

@@ -29,12 +29,14 @@ SETTLE = 0.25  # seconds: threads of the model before spin for a while after the
 
 
 class BenchConfig(Config):
-    """repeats: turns that are counted, after `warm_up` that are not. data: pictures to score on, or None."""
+    """repeats: turns that are counted, after `warm_up` that are not. keep_loaded: all models stay in memory; else each
+    is loaded anew in each turn, for models that do not fit beside each other. data: pictures to score on, or None."""
 
     num_inference_steps: tuple[PositiveInt, ...] = (10,)
     guidance_scale: float = Field(2.0, ge=1)
     repeats: PositiveInt = 10
     warm_up: NonNegativeInt = 2
+    keep_loaded: bool = True
     num_threads: PositiveInt | None = None
     data: str | None = "data/emoji"
     images: int = Field(192, ge=2)
@@ -98,17 +100,22 @@ def _entries(name: str) -> list[Entry]:
 
 
 def _measure(entries: Sequence[Entry], config: BenchConfig) -> list[dict[str, Any]]:
-    threads = config.num_threads or cores()
-    workers = [Worker(entry, config.guidance_scale, threads) for entry in entries]
+    workers: dict[int, Worker] = {}
+    peaks = [0.0] * len(entries)
     orders = [("forward",), *(("picture", steps) for steps in config.num_inference_steps)]
     taken: dict[tuple[int, tuple], list[float]] = {}
     for turn in tqdm(range(config.warm_up + config.repeats), desc="measuring", unit="turn"):
-        for number, worker in enumerate(workers):
+        for number, entry in enumerate(entries):
+            if number not in workers:
+                workers[number] = Worker(entry, config.guidance_scale, config.num_threads or cores())
+                workers[number].seconds("forward")  # the first is slower
             for order in orders:
                 time.sleep(SETTLE)
-                seconds = worker.seconds(*order)  # type: ignore[arg-type]
+                seconds = workers[number].seconds(*order)  # type: ignore[arg-type]
                 if turn >= config.warm_up:
                     taken.setdefault((number, order), []).append(seconds)
+            if not config.keep_loaded or turn == config.warm_up + config.repeats - 1:
+                peaks[number] = max(peaks[number], workers.pop(number).close())
     return [
         {
             "label": entry.label,
@@ -117,7 +124,7 @@ def _measure(entries: Sequence[Entry], config: BenchConfig) -> list[dict[str, An
             "picture_ms": {
                 str(n): _spread(np.array(taken[number, ("picture", n)]) * 1e3) for n in config.num_inference_steps
             },
-            "peak_memory_mb": workers[number].close() / 1e6,
+            "peak_memory_mb": peaks[number] / 1e6,
         }
         for number, entry in enumerate(entries)
     ]
