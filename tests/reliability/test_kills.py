@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from refine_control import recipe as recipes
+from refine_control.files import hold
 from refine_control.recipe import DataConfig, EvaluateConfig
 from reliability.faults import Killer, differences, outcome
 from tiny import RUN, distil_recipe, stage
@@ -102,4 +103,5 @@ def test_a_second_process_on_the_same_run_is_refused(recipe: Path, tmp_path: Pat
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert Killer([*command, "--stage1.steps", "2"], tmp_path / "third.log").run() == 0  # the dead one holds nothing
+    with hold(out):  # the dead one holds nothing
+        pass

@@ -104,6 +104,12 @@ def variant(names: Iterable[str]) -> str | None:
     return "fp16" if "fp16" in found else min(found)
 
 
+def is_weights(name: str, wanted: str | None) -> bool:
+    """Whether a file's name is that of weights of this variant, whole or one of several."""
+    match = WEIGHTS.fullmatch(name)
+    return match is not None and name.endswith(".safetensors") and (match["variant"] or None) == wanted
+
+
 def _split(name: str) -> tuple[str, str | None]:
     match = NAME.fullmatch(name)
     assert match, "is_name was asked before"

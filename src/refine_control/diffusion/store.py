@@ -21,6 +21,7 @@ from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
+from refine_control.diffusion.weights import MOST_JSON, check_weights
 from refine_control.errors import ModelError
 from refine_control.files import put_in_place
 
@@ -113,11 +114,10 @@ def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[st
     try:
         nets = [_read_controlnet(resolve_controlnet(net)) for net in controlnets]
         model = _read_model(folder, nets)
-    except ModelError as error:
-        raise ModelError(f"cannot load '{name}': {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load '{name}': {' '.join(str(error).split())[:300]}") from None
-    check_belonging(model, name, controlnets)
+        check_belonging(model, name, controlnets)
+    except Exception as error:  # diffusers and transformers raise nearly every type on a malformed config
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError((reason if f"'{name}'" in reason else f"cannot load '{name}': {reason}")[:600]) from None
     return model.to(device)
 
 
@@ -184,10 +184,13 @@ def _read_network(kind: Any, folder: Path, part: str) -> Any:
     """One network as float32. diffusers and transformers fill a missing tensor with noise and only warn; we refuse."""
     options: dict[str, Any] = {} if issubclass(kind, PreTrainedModel) else {"low_cpu_mem_usage": False}
     names = [path.name for path in (folder / part).iterdir()]
+    variant = hub.variant(names)
+    files = [folder / part / name for name in names if hub.is_weights(name, variant)]
+    check_weights(kind, folder / part, _read_json(folder / part / "config.json"), files)
     network, loading = kind.from_pretrained(
         folder,
         subfolder=part,
-        variant=hub.variant(names),
+        variant=variant,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -201,6 +204,8 @@ def _read_network(kind: Any, folder: Path, part: str) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than any config")
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no object")

@@ -102,7 +102,8 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
     with tempfile.TemporaryDirectory() as name:
         prepared = Path(name) / "prepared.onnx"
         big = _bytes_beside(source) > BIG
-        shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True, save_as_external_data=big)
+        how = {"skip_symbolic_shape": True, "skip_optimization": big, "save_as_external_data": big}
+        shape_inference.quant_pre_process(source, prepared, **how)
         quantize_static(
             prepared,
             path,

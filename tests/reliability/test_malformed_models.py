@@ -1,0 +1,151 @@
+"""Malformed model folders, by the thousand: one line that names the folder, or a model; never a traceback, a hang or a
+large allocation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refine_control.diffusion import store
+from refine_control.errors import ModelError
+from tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+COUNT = {"sample": 150, "long": 10_000}
+MEMORY, SECONDS = 2 << 30, 20  # beyond what the process has, and of one folder
+VALUES: list[Any] = [
+    None, True, -1, 0, 1, 3, 10**6, 2**31, 2**63, 10**30, 1e308, -0.5, "", "x", "x" * 5000, "../..", "__import__('os')",
+    [], [0], [1] * 50, [[[[]]]], [10**9, 10**9], {}, {"_class_name": "Evil"}, "conv", "nan",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    whole = tmp_path_factory.mktemp("models") / "whole"
+    store.save(tiny_model(), whole)
+    return whole
+
+
+def spoil(folder: Path, draw: random.Random) -> str:
+    """Changes one thing in one file; says what."""
+    path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    name = path.relative_to(folder).as_posix()
+    kinds: list[Callable[[Path, random.Random], str]] = [_flip, _cut, _remove]
+    kinds += [_change] * 6 if path.suffix == ".json" else [_lie] * 4 if path.suffix == ".safetensors" else []
+    return f"{name}: {draw.choice(kinds)(path, draw)}"
+
+
+def _flip(path: Path, draw: random.Random) -> str:
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 1, 8, 100])):
+        place = draw.randrange(min(len(content), draw.choice([16, 2000, len(content)])))
+        content[place] = draw.randrange(256)
+    path.write_bytes(content)
+    return "bytes flipped"
+
+
+def _cut(path: Path, draw: random.Random) -> str:
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content))])
+    return "cut"
+
+
+def _remove(path: Path, draw: random.Random) -> str:
+    path.unlink()
+    return "removed"
+
+
+def _change(path: Path, draw: random.Random) -> str:
+    """Of a JSON file one value, key or list."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    at = tree
+    while True:
+        if not isinstance(at, (dict, list)) or not at:
+            return "unchanged"
+        key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        if not (isinstance(at[key], (dict, list)) and at[key]) or draw.random() < 0.4:
+            break
+        at = at[key]
+    how = draw.choice(["value", "value", "value", "gone", "number"])
+    if how == "gone":
+        del at[key]
+    elif how == "number" and isinstance(at[key], int):
+        at[key] = at[key] * draw.choice([-1, 2, 1000, 10**9])
+    else:
+        at[key] = copy.deepcopy(draw.choice(VALUES))
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return f"{key} {how}"
+
+
+def _lie(path: Path, draw: random.Random) -> str:
+    """A safetensors header that says something else than is there."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = draw.choice([key for key in header if key != "__metadata__"])
+    how = draw.choice(["shape", "offsets", "dtype", "length", "name"])
+    if how == "shape":
+        header[name]["shape"] = draw.choice([[2**62], [2**31, 2**31], [-1], [], ["x"], [0], header[name]["shape"] * 2])
+    elif how == "offsets":
+        header[name]["data_offsets"] = draw.choice([[0, 2**63], [8, 0], [-1, 4], [0], "x", [2**64, 2**65]])
+    elif how == "dtype":
+        header[name]["dtype"] = draw.choice(["F64", "I8", "BOOL", "F8_E4M3", "evil", None, 7])
+    elif how == "name":
+        header[draw.choice(["../x", "", "x" * 10_000, "__metadata__"])] = header.pop(name)
+    written = json.dumps(header).encode()
+    size = draw.choice([2**63, 2**40, 0, length * 2]) if how == "length" else len(written)
+    path.write_bytes(size.to_bytes(8, "little") + written + content[8 + length :])
+    return f"header {how}"
+
+
+def verdict(folder: Path) -> str:
+    """What loading it comes to, in a fork that may take little memory and time."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        signal.alarm(SECONDS)
+        try:
+            store.load(str(folder))
+            said = "loads"
+        except ModelError as error:
+            text = str(error)
+            said = "refused" if "\n" not in text and str(folder) in text and len(text) < 1000 else f"odd: {text[:300]}"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    return said or f"ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def test_malformed_folders_are_refused_in_one_line(
+    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    counts: Counter[str] = Counter()
+    wrong = []
+    for seed in range(COUNT["long" if request.config.getoption("--long") else "sample"]):
+        shutil.rmtree(tmp_path / "spoilt", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "spoilt")
+        what = spoil(tmp_path / "spoilt", random.Random(seed))
+        said = verdict(tmp_path / "spoilt")
+        counts[said if said in ("loads", "refused") else "wrong"] += 1
+        if said not in ("loads", "refused"):
+            wrong.append(f"{seed}: {what} -> {said}")
+    print(json.dumps({"malformed model folders": counts}))
+    assert not wrong, "\n".join(wrong)
