@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 
+# Forks of a server that has imported everything and computed nothing: they start at once. A fork of this process would
+# inherit the locks of torch's threads, and not the threads.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["refine_control.evaluate.compare", "refine_control.cli", "diffusers", "tiny"])
+
+
 @dataclass
 class Killer:
-    """Runs `refine-control COMMAND` in forks of this process, which has imported everything: a start takes no time.
+    """Runs `refine-control COMMAND` in processes of its own that can be killed.
 
-    kills: where each fork that was killed had come to, by the newest file of the run.
+    kills: where each of them that was killed had come to, by the newest file of the run.
     """
 
     command: list[str]
     log: Path
     kills: list[str] = field(default_factory=list)
 
-    def run(self, kill_after: float | None = None, number: int = signal.SIGKILL) -> int:
-        """The exit code, negative for a signal. kill_after: seconds until it is sent `number`."""
-        child = self.fork()
-        deadline = time.monotonic() + (kill_after if kill_after is not None else 600)
-        while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline:
-                os.kill(child, number)
-                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            time.sleep(0.002)
+    def start(self) -> ForkServerProcess:
+        child = SERVER.Process(target=_run, args=(self.command, self.log))
+        child.start()
+        return child
+
+    def run(self, kill_after: float = 600) -> int:
+        """The exit code, negative for a signal. kill_after: seconds until it is killed."""
+        child = self.start()
+        child.join(kill_after)
+        child.kill()
+        child.join()
+        assert child.exitcode is not None
+        return child.exitcode
 
     def until_done(self, wanted: int, longest: float, seed: int, folder: Path) -> None:
         """Starts it again and again, killed at random moments up to `longest` seconds; after `wanted`, it may end."""
@@ -50,21 +59,17 @@ class Killer:
             self.kills.append(newest(folder))
         assert self.run() == 0, self.log.read_text(encoding="utf-8")[-3000:]
 
-    def fork(self) -> int:
-        """Starts it; the number of its process."""
-        if child := os.fork():
-            return child
-        try:
-            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))  # not pytest's
-            from refine_control.cli import main
 
-            os._exit(main(self.command))
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(99)
+def _run(command: list[str], log: Path) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+    from refine_control.cli import main
+
+    code = main(command)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def newest(folder: Path) -> str:

@@ -77,11 +77,13 @@ def test_a_signal_saves_and_ends_with_its_code(recipe: Path, tmp_path: Path, num
     flags = ["--run.checkpoint_every", "1000", "--stage1.steps", "400"]
     killer = Killer(["distill", str(recipe), "--output_dir", str(out), *flags], tmp_path / "log")
     log = out / "stage1" / "losses.jsonl"
-    child = killer.fork()
+    child = killer.start()
     while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") > 3):
         time.sleep(0.01)
-    os.kill(child, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == code
     told = (tmp_path / "log").read_text(encoding="utf-8")
     assert "stopping after this step; once more stops at once" in told
     assert "the same command goes on where this one was" in told
@@ -93,7 +95,7 @@ def test_a_second_process_on_the_same_run_is_refused(recipe: Path, tmp_path: Pat
     out = tmp_path / "run"
     command = ["distill", str(recipe), "--output_dir", str(out)]
     first = Killer([*command, "--stage1.steps", "400"], tmp_path / "first.log")
-    child = first.fork()
+    child = first.start()
     try:
         while not (out / "stage1" / "losses.jsonl").is_file():
             time.sleep(0.01)
@@ -101,7 +103,7 @@ def test_a_second_process_on_the_same_run_is_refused(recipe: Path, tmp_path: Pat
         assert second.run() == 2
         assert "another process is at work" in (tmp_path / "second.log").read_text(encoding="utf-8")
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
     with hold(out):  # the dead one holds nothing
         pass
