@@ -8,14 +8,12 @@ import os
 import random
 import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-
 
 # Forks of a server that has imported everything and computed nothing: they start at once. A fork of this process would
 # inherit the locks of torch's threads, and not the threads.
