@@ -136,6 +136,9 @@ def test_what_two_sharded_processes_began_one_may_finish(
 
 
 HALVES = """
+import sys
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 from refine_control.distill.processes import sharded, whole
@@ -147,16 +150,17 @@ twin = sharded(given, torch.device("cpu"))
 for ours, theirs in zip(twin.parameters(), given.parameters(), strict=True):
     assert torch.equal(whole(ours), theirs)
 here = sum(p.to_local().numel() for p in twin.parameters())
-print("share", here / sum(p.numel() for p in given.parameters()))
+share = here / sum(p.numel() for p in given.parameters())
+Path(sys.argv[1], f"share-{PartialState().process_index}").write_text(str(share))
 """
 
 
 def test_sharded_weights_lie_half_in_each_of_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "halves.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{HALVES}")
-    done = launch(2, str(script))
+    done = launch(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    shares = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("share")]
+    shares = [float(path.read_text()) for path in tmp_path.glob("share-*")]
     assert len(shares) == 2
     assert sum(shares) == pytest.approx(1)
     assert max(shares) < 0.6

@@ -70,25 +70,30 @@ async function usable(each, make, faults) {
   return made.filter(({ status }) => status === "fulfilled").map(({ value }) => value);
 }
 
-async function takeExample({ blob, image, prompt }) {
-  await takePicture(blob, `“${image}”`);
-  $("prompt").value = prompt;
-}
-
-/** Refused, the picture that was there stays. */
-async function takePicture(blob, name) {
+/** With the words that belong to it. Refused, picture and words that were there stay. */
+async function takePicture(blob, name, prompt = "") {
   const turn = ++reading;
   const side = chosen.manifest.resolution;
   const pixels = await readPicture(blob, side, name);
   if (turn !== reading) return;
   source = { blob, name };
+  if (prompt !== null) $("prompt").value = prompt;
+  if (!isWaiting()) forgetResults();
   painter.load(pixels, side);
   Object.assign($("brush"), { max: Math.max(2, Math.round(side / 2)), value: painter.brush });
   say("");
 }
 
+/** What was drawn for another picture. */
+function forgetResults() {
+  listResults([]);
+  setProgress(0);
+  setState("ready");
+}
+
 function tellHole() {
   if (isWaiting()) return; // the line tells for what
+  if (painter.share) say("");
   const percent = Math.ceil(100 * painter.share);
   $("status").textContent = percent ? `The hole covers ${percent} % of the picture.` : "Paint over what is to be filled.";
 }
@@ -97,9 +102,9 @@ function tellHole() {
 async function choose(model) {
   chosen = model;
   say("");
-  if (source && painter.side !== model.manifest.resolution) await takePicture(source.blob, source.name);
+  if (source && painter.side !== model.manifest.resolution) await takePicture(source.blob, source.name, null);
   await open(model);
-  tellEngine(model);
+  tellEngine(models);
   setState("ready", `${model.name} is ready.`);
 }
 
@@ -154,7 +159,7 @@ async function fillWith(model, request, frame) {
     frame.tell(`step ${number + 1} of ${request.steps}, ${seconds(ms)}`);
     if (pixels) frame.draw(pixels);
   });
-  tellEngine(model);
+  tellEngine(models);
   if (!answer) return;
   frame.draw(answer.pixels);
   model.msPerStep = spent / request.steps;
@@ -162,6 +167,8 @@ async function fillWith(model, request, frame) {
   frame.tell(`${seconds(answer.ms)}, ${seconds(model.msPerStep)} a step`);
   frame.allow();
 }
+
+const takeExample = ({ blob, image, prompt }) => takePicture(blob, `“${image}”`, prompt);
 
 /** The first picture among files that were picked, dropped or pasted. */
 function takeFile(files) {

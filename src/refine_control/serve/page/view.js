@@ -61,17 +61,18 @@ export function tellModel(model) {
   model.small.textContent = `${megabytes(model.bytes)} · ${millions(params)} parameters${pace}`;
 }
 
-/** How the model runs, and why not faster where the reason is the server's. */
-export function tellEngine(model) {
-  const rung = model.rung;
-  if (!rung) return;
-  let why = "";
-  if (rung.engine === "wasm" && !self.crossOriginIsolated) {
-    why = self.isSecureContext
-      ? ": the server does not isolate this page (COOP and COEP headers), and threads need that"
-      : ": threads need https, or a page of this machine (localhost)";
-  }
-  $("runs").textContent = `${model.name} runs on ${describe(rung)}${why}.`;
+/** How each of the models that were opened runs, and why not faster. */
+export function tellEngine(models) {
+  const opened = models.filter((model) => model.rung);
+  const lines = opened.map(({ name, rung }) => `${name} runs on ${describe(rung)}${whyNotFaster(rung)}.`);
+  $("runs").textContent = lines.join(" ");
+}
+
+function whyNotFaster({ engine, threads }) {
+  if (engine !== "wasm" || threads > 1) return "";
+  if (!self.isSecureContext) return ": threads need https, or a page of this machine (localhost)";
+  if (!self.crossOriginIsolated) return ": the server does not isolate this page (COOP and COEP headers), and threads need that";
+  return navigator.hardwareConcurrency === 2 ? ": the second of two cores is left to the rest of the device" : "";
 }
 
 /** A frame for each model's result: [{ draw(pixels), tell(words), allow() }]. */
