@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from published import SD15_UNET, TEXT, VAE, controlnet
 from refine_control.diffusion.build import build_tokenizer
-from refine_control.evaluate.compare import machine
+from refine_control.evaluate.saved import machine
 from refine_control.plans import TextPlan
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "sd15-inpaint.yaml"

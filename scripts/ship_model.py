@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from refine_control.diffusion.store import ZOO, load, save
-from refine_control.evaluate.compare import BASELINES
+from refine_control.evaluate.saved import BASELINES
 from results_page import by_domain
 
 HEADER = """---

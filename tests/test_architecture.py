@@ -22,6 +22,7 @@ ROOMS = [
     "student",
     "distill",
     "evaluate",
+    "compare",
     "export",
     "serve",
     "zoo",

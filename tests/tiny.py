@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from refine_control.data.batch import Batch
@@ -122,6 +123,20 @@ def distil_recipe(root: Path, labelled: int, plain: int, **parts: Any) -> Distil
         sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
         **parts,
     )
+
+
+def write_comparison(base: Path, rows: dict[str, Any] | None = None, **keys: Any) -> Path:
+    """compare.yaml beside a base recipe: scratch and the method, or other rows."""
+    scratch = {"set": {"init": "random", "stage1.weights": {"task": 1}, "stage2.weights": {"task": 1}}}
+    plan = {
+        "output_dir": str(base.parent / "compare"),
+        "base": base.name,
+        "seeds": [0],
+        "rows": rows or {"scratch": scratch, "refine-control": {}},
+    }
+    path = base.with_name("compare.yaml")
+    path.write_text(yaml.safe_dump(plan | keys, sort_keys=False), encoding="utf-8")
+    return path
 
 
 def write_folder(folder: Path, n: int, captioned: bool = True) -> Path:

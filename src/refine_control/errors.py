@@ -24,3 +24,7 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model folder that cannot be loaded, or models that do not belong together."""
+
+
+class BusyError(UserError):
+    """Another process is at work in a folder."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from refine_control.errors import UserError
+from refine_control.errors import BusyError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -46,7 +46,7 @@ def hold(folder: Path) -> Iterator[None]:
     """Inside, no other process may write to the folder. The lock goes with the process that holds it, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        BusyError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,7 +54,7 @@ def hold(folder: Path) -> Iterator[None]:
         with lock:
             yield
     except Timeout:
-        raise UserError(
+        raise BusyError(
             f"another process is at work in '{folder}'; wait for it, stop it, or choose another output_dir"
         ) from None
 

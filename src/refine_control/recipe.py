@@ -7,6 +7,8 @@ errors. The resolved recipe is saved with the run. This module imports no torch,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -187,12 +189,17 @@ class DistilRecipe(Config):
 R = TypeVar("R", bound=Config)
 
 
-def load(kind: type[R], path: str | Path, overrides: dict[str, str] | None = None) -> R:
-    """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}.
+def load(kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None = None) -> R:
+    """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}; text is read as YAML.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind; names the key and the value.
     """
+    return validate(kind, read_tree(path, overrides or {}), f"recipe '{path}'")
+
+
+def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's file with overrides laid over it, not yet validated. Raises RecipeError."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -202,9 +209,9 @@ def load(kind: type[R], path: str | Path, overrides: dict[str, str] | None = Non
         raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
-    for key, text in (overrides or {}).items():
-        _override(tree, key, text)
-    return validate(kind, tree, f"recipe '{path}'")
+    for key, value in overrides.items():
+        _override(tree, key, value)
+    return tree
 
 
 def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
@@ -273,11 +280,11 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
+def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(value) if isinstance(value, str) else deepcopy(value)
     except yaml.YAMLError:
-        raise RecipeError(f"--{dotted}: cannot read '{text}'; put text with ':' or brackets in quotes") from None
+        raise RecipeError(f"--{dotted}: cannot read '{value}'; put text with ':' or brackets in quotes") from None
     *parents, leaf = dotted.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})

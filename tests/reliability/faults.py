@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 # Forks of a server that has imported everything and computed nothing: they start at once. A fork of this process would
 # inherit the locks of torch's threads, and not the threads.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["refine_control.evaluate.compare", "refine_control.cli", "diffusers", "tiny"])
+SERVER.set_forkserver_preload(["refine_control.compare.compare", "refine_control.cli", "diffusers", "tiny"])
 
 
 @dataclass

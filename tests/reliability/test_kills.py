@@ -14,7 +14,7 @@ from refine_control import recipe as recipes
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, EvaluateConfig
 from reliability.faults import Killer, differences, outcome
-from tiny import RUN, distil_recipe, stage
+from tiny import RUN, distil_recipe, stage, write_comparison
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"), pytest.mark.timeout(3000)]
 KILLS = {"sample": 4, "long": 50}
@@ -35,12 +35,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     data = DataConfig(**(whole.data.model_dump() | {"cache_gb": 1.0}))
     recipes.save(whole.model_copy(update={"data": data}), root / "recipe.yaml")
+    write_comparison(root / "recipe.yaml")
     return root / "recipe.yaml"
 
 
 def compare(recipe: Path, out: Path, *flags: str) -> Killer:
-    rows = ["--rows", "scratch,refine-control", "--seeds", "0"]
-    return Killer(["compare", str(recipe), *rows, "--output_dir", str(out), *flags], out.with_suffix(".log"))
+    plan = recipe.with_name("compare.yaml")
+    return Killer(["compare", str(plan), "--output_dir", str(out), *flags], out.with_suffix(".log"))
 
 
 @pytest.mark.slow

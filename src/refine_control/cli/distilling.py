@@ -12,45 +12,56 @@ RECIPE = flag("recipe", type=Path, help="a YAML file; the shipped ones are in re
 SEEDS = "of the training: whole numbers with commas between"
 
 
+SHARED = [
+    flag("--seeds", help=SEEDS + "; by default the recipe's"),
+    flag("--dry-run", action="store_true", help="print the plan: rows, seeds, steps, minutes left on this machine"),
+]
+
+
 @command(
     "demo",
     "Distil the embedded teacher, train scratch beside it, write a report.",
     ["", "--output_dir /tmp/demo"],
     [
-        flag("--recipe", type=Path, default=Path("recipes/demo.yaml"), help="what is trained and scored"),
-        flag("--seeds", default="0", help=SEEDS),
+        flag("--recipe", type=Path, default=Path("recipes/compare-demo.yaml"), help="what is trained and scored"),
+        *SHARED,
     ],
     takes_overrides=True,
 )
 def _demo(args: argparse.Namespace) -> None:
-    args.rows = "scratch,refine-control"
+    args.rows, args.rival = None, []
     _compare(args)
 
 
 @command(
     "compare",
-    "Train and score rows of a recipe over several seeds; resumes.",
-    ["recipes/demo.yaml --rows scratch,teacher-weights,refine-control --seeds 0,1,2"],
+    "Train and score the rows of a table over several seeds; resumes.",
+    [
+        "recipes/compare-emoji.yaml --dry-run",
+        "recipes/compare-emoji.yaml",
+        "recipes/compare-emoji.yaml --rows scratch,refine-control --seeds 0 --output_dir runs/quick",
+    ],
     [
         RECIPE,
-        flag(
-            "--rows",
-            default="scratch,teacher-weights,stage1-continued,refine-control",
-            help="what to compare, with commas between; plain-rows-without-task is there too",
-        ),
-        flag("--seeds", default="0,1,2", help=SEEDS),
+        flag("--rows", help="some of the recipe's rows, with commas between"),
+        *SHARED,
+        flag("--rival", type=Path, action="append", default=[], help="a file that defines a rival; may be repeated"),
     ],
     takes_overrides=True,
 )
 def _compare(args: argparse.Namespace) -> None:
-    from refine_control import recipe
-    from refine_control.evaluate.compare import compare
+    from refine_control.compare import compare, plan
 
     if "seed" in args.overrides:
         raise UserError("--seed: rows are compared over several seeds; give --seeds 5, or --seeds 0,1,2")
-    loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
-    table = compare(loaded, args.rows.split(","), [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")])
-    print(f"\n{table}\nreport: {loaded.output_dir}/report.html\nscores: {loaded.output_dir}/scores.json")
+    loaded, overrides = plan.load(args.recipe, args.overrides)
+    seeds = [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")] if args.seeds else None
+    loaded = plan.narrowed(loaded, args.rows.split(",") if args.rows else None, seeds)
+    if args.dry_run:
+        print(compare.dry_run(loaded, overrides, args.rival))
+        return
+    table = compare.compare(loaded, overrides, args.rival)
+    print(f"\n{table}\nreport: {loaded.output_dir}/report.html\ntables: {loaded.output_dir}/table.md")
 
 
 @command(
@@ -106,7 +117,7 @@ def _distill(args: argparse.Namespace) -> None:
 )
 def _evaluate(args: argparse.Namespace) -> None:
     from refine_control import recipe
-    from refine_control.evaluate.compare import evaluate
+    from refine_control.evaluate.saved import evaluate
 
     args.overrides.setdefault("output_dir", "runs/evaluate")
     loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)

@@ -25,7 +25,7 @@ from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
 from refine_control.distill.processes import pick_device, set_threads
-from refine_control.distill.stages import Distillation, teacher_features
+from refine_control.distill.stages import Distillation, Method, teacher_features
 from refine_control.distill.teacher import check_resolution, contents, open_pictures
 from refine_control.errors import RecipeError
 from refine_control.files import hold
@@ -34,6 +34,7 @@ from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
+OURS = Method()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on, or as many as are trained on
 
@@ -61,20 +62,21 @@ class Distiller:
         on_disk = EncoderCache(self.teacher, self.labelled, self.unlabelled, root) if root else None
         self.encoder = Encoder(self.teacher, data.cache_gb, on_disk)
 
-    def run(self, recipe: DistilRecipe, folder: Path) -> Path:
+    def run(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> Path:
         """Trains both stages, or goes on where they stopped. Returns the folder of the saved student."""
+        with hold(folder) if self.team.is_main_process else nullcontext():
+            return self.run_held(recipe, folder, method)
+
+    def run_held(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> Path:
+        """As `run`, in a folder that this process holds already."""
         recipe = self.pinned(recipe)
         _agree(recipe)
-        with hold(folder) if self.team.is_main_process else nullcontext():
-            return self._run(recipe, folder)
-
-    def _run(self, recipe: DistilRecipe, folder: Path) -> Path:
         if self.team.is_main_process:
-            self.claim(recipe, folder)
+            self.claim(recipe, folder, method)
         student, bridges = self.fresh_student(recipe)
         for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
             if stage.steps:
-                self._train(folder / name, student, bridges, stage, recipe)
+                self._train(folder / name, student, bridges, stage, recipe, method)
         if self.team.is_main_process:
             store.save(replace(self.teacher, denoiser=student), folder / "student")
         self.team.wait_for_everyone()
@@ -84,12 +86,15 @@ class Distiller:
         """The recipe with the commits of what came from the hub."""
         return recipe.model_copy(update={"teacher": self.name, "controlnets": self.controlnets})
 
-    def claim(self, recipe: DistilRecipe, folder: Path) -> None:
+    def claim(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> None:
         """Makes the folder this run's. Raises RecipeError where it holds another one's."""
-        claim(recipe, folder, self._contents)
+        claim(recipe, folder, self.contents(method))
 
-    def fresh_student(self, recipe: DistilRecipe) -> tuple[Denoiser, Bridges]:
-        """The student at step 0, and its bridges; the recipe's seed decides every random weight."""
+    def fresh_student(self, recipe: DistilRecipe, measure: bool = True) -> tuple[Denoiser, Bridges]:
+        """The student at step 0, and its bridges; the recipe's seed decides every random weight.
+
+        measure: fix the bridges' norms, for which the teacher is run.
+        """
         torch.manual_seed(recipe.seed)
         student = build_student(recipe.student, self.teacher)
         if recipe.init == "teacher":
@@ -102,7 +107,7 @@ class Distiller:
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         bridges = Bridges.between(recipe.alignment, ours, theirs).to(self.teacher.device)
-        if recipe.stage1.weights.feature or recipe.stage2.weights.feature:
+        if measure and (recipe.stage1.weights.feature or recipe.stage2.weights.feature):
             self._measure(bridges, recipe)
         return student, bridges
 
@@ -121,7 +126,13 @@ class Distiller:
         return Loader(self.labelled, self.unlabelled, recipe.masks, stage.batch_size, stage.labelled_fraction, seed)
 
     def _train(
-        self, folder: Path, student: Denoiser, bridges: Bridges, stage: StageConfig, recipe: DistilRecipe
+        self,
+        folder: Path,
+        student: Denoiser,
+        bridges: Bridges,
+        stage: StageConfig,
+        recipe: DistilRecipe,
+        method: Method,
     ) -> None:
         if recipe.run.compile:  # not before: probes of one picture would be compiled too
             student.compile_blocks()
@@ -130,7 +141,7 @@ class Distiller:
         kept = self._kept_steps(recipe, stage, loader.seed, bridges)
         train(
             folder,
-            Distillation(student, self.teacher, bridges, self.encoder, stage, kept),
+            Distillation(student, self.teacher, bridges, self.encoder, stage, kept, method.losses),
             stage.weights.model_dump(),
             loader,
             stage,
@@ -138,9 +149,12 @@ class Distiller:
             Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
         )
 
+    def contents(self, method: Method = OURS) -> dict[str, str]:
+        """What the recipe names, by what it holds, and a rival's code."""
+        return self._contents | ({"method": method.digest} if method.digest else {})
+
     @cached_property
     def _contents(self) -> dict[str, str]:
-        """What the recipe names, by what it holds."""
         teacher = hashlib.sha256("".join(self._weights).encode()).hexdigest()
         return {"teacher": teacher, **contents(self.labelled, self.unlabelled)}
 

@@ -73,8 +73,7 @@ def train(
             log.waited += time.monotonic() - asked
             measured = step % run.grad_norm_every == 0 and not learner.sharded
             with _memory_named(step):
-                means, norms = _accumulate(learner, passes, weights, measured)
-                norm = learner.update(step, means["loss"])
+                means, norms, norm = take_step(learner, step, passes, weights, measured)
             skipped = not (math.isfinite(norm) or learner.scale.lowered)
             if skipped:
                 _skip(folder, step, means, passes, run, team)
@@ -94,6 +93,15 @@ def train(
                 with learner.averaged():
                     preview(folder / f"preview-{done:06d}.png")
     learner.finish()
+
+
+def take_step(
+    learner: Learner, step: int, passes: list[Batch], weights: Mapping[str, float], measured: bool = False
+) -> tuple[Losses, dict[str, float], float]:
+    """One step along the gradients of all passes. Returns the mean terms, the norm of each term's own gradient where
+    `measured`, and the norm of the whole."""
+    means, norms = _accumulate(learner, passes, weights, measured)
+    return means, norms, learner.update(step, means["loss"])
 
 
 def _accumulate(

@@ -3,11 +3,16 @@
 Both are this one function. Stage 1 sees labelled rows only. Stage 2 mixes plain images in, row by row: a row without a
 caption takes the empty prompt and its control is derived from the picture itself; the recipe says whether it takes the
 task term too. With only `task` weighted this is training from scratch, and the teacher is never run.
+
+What a step sees of student and teacher is `Seen`; `tri_level` makes the paper's loss of it. A rival method is another
+function of the same (compare/rivals/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +28,57 @@ from refine_control.distill.alignment import Bridges
 from refine_control.distill.draw import Draw, draw
 from refine_control.distill.loop import Losses
 from refine_control.distill.losses import feature_loss, output_loss, task_loss
-from refine_control.recipe import StageConfig
+from refine_control.recipe import LossWeights, StageConfig
 
 Inputs = tuple[Tensor, Tensor, Text, Tensor]  # x_t, t, text, control
 OUTPUT, HALF_MAX = "output", 65504.0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a step sees. Points and features only where the feature term has a weight, `taught` where the teacher ran.
+
+    predicted, taught, target: (B, c, h, w), the student's and the teacher's prediction and what is true. weight: (B,),
+    of the row (min-SNR). has_task: (B,), 0 for rows that take no task term. mask: (B, 1, H, W), 1 in the hole.
+    student, teacher: point -> (B, C, h, w) as the networks made it; `bridges` maps and projects them.
+    """
+
+    predicted: Tensor
+    target: Tensor
+    taught: Tensor | None
+    weight: Tensor
+    has_task: Tensor
+    mask: Tensor
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+    bridges: Bridges | None
+
+
+def tri_level(seen: Seen, weights: LossWeights) -> Losses:
+    """The terms of the paper's loss. Those with weight 0 are neither computed nor named."""
+    terms: Losses = {}
+    if weights.task:
+        terms["task"] = task_loss(seen.predicted, seen.target, seen.weight * seen.has_task)
+    if weights.output:
+        assert seen.taught is not None
+        terms["output"] = output_loss(seen.predicted, seen.taught, seen.weight)
+    if seen.bridges:
+        terms["feature"] = feature_loss(seen.bridges(seen.student), seen.bridges.targets(seen.teacher))
+    return terms
+
+
+LossFunction = Callable[[Seen, LossWeights], Losses]
+
+
+class Method(NamedTuple):
+    """How a step's loss is made, and what changes with the code that makes it ('' for ours, which has a version)."""
+
+    losses: LossFunction = tri_level
+    digest: str = ""
+
+
 class Distillation(nn.Module):
-    """The tri-level loss of a batch. Terms with weight 0 are neither computed nor named.
+    """The loss of a batch, by its terms: the paper's, or a rival's.
 
     Its parameters are those that learn: the student's and the bridges'. The teacher is a Model, no submodule: it can
     neither learn nor be saved.
@@ -44,9 +92,11 @@ class Distillation(nn.Module):
         encoder: Encoder,
         stage: StageConfig,
         kept: Steps | None = None,
+        losses: LossFunction = tri_level,
     ) -> None:
         """kept: what the teacher made of steps that were met before."""
         super().__init__()
+        self.losses = losses
         self.student = student
         self.bridges = bridges if stage.weights.feature else None
         self.teacher, self.encoder, self.stage, self.kept = teacher, encoder, stage, kept
@@ -56,20 +106,15 @@ class Distillation(nn.Module):
         weights, bridges = self.stage.weights, self.bridges
         points, teacher_points = (bridges.mapping, bridges.teacher_points) if bridges else ((), ())
         d, inputs = draw_inputs(batch, self.encoder, self.schedule, self.stage)
-        weight = self.schedule.row_weight(d.t, self.stage.snr_gamma)
-        with Taps(self.student, points) as student_taps:
+        with Taps(self.student, points) as taps:
             predicted = self.student(*inputs)
-        terms: Losses = {}
-        if weights.task:
-            has_task = 1.0 if self.stage.task_on_unlabelled else batch.labelled.to(weight)
-            terms["task"] = task_loss(predicted, d.target, weight * has_task)
+        taught, features = None, dict[str, Tensor]()
         if weights.output or weights.feature:
             taught, features = self._teach(batch, inputs, teacher_points)
-        if weights.output:
-            terms["output"] = output_loss(predicted, taught, weight)
-        if bridges:
-            terms["feature"] = feature_loss(bridges(student_taps.features), bridges.targets(features))
-        return terms
+        weight = self.schedule.row_weight(d.t, self.stage.snr_gamma)
+        has_task = torch.ones_like(weight) if self.stage.task_on_unlabelled else batch.labelled.to(weight)
+        seen = Seen(predicted, d.target, taught, weight, has_task, batch.mask, taps.features, features, bridges)
+        return self.losses(seen, weights)
 
     @torch.no_grad()
     def _teach(self, batch: Batch, inputs: Inputs, points: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:

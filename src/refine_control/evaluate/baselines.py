@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refine_control.evaluate.metrics import check_images, check_mask
 
-__all__ = ["biharmonic", "mean_fill", "navier_stokes", "telea"]
+__all__ = ["biharmonic", "fill_each", "mean_fill", "navier_stokes", "telea"]
 
 _RADIUS = 3  # pixels around a hole pixel that OpenCV looks at
 
@@ -34,7 +34,7 @@ def mean_fill(image: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), mean, image)
 
 
-def _fill_each(image: Tensor, mask: Tensor, fill: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Tensor:
+def fill_each(image: Tensor, mask: Tensor, fill: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Tensor:
     """Apply fill((H, W, 3) float64 in [0, 1], (H, W) bool) -> (H, W, 3) to each image; take only the hole from it."""
     # Where a hole touches the border OpenCV reads pixels inside it (we saw 37 of 255 levels come through), so the truth
     # must not be there to be found.
@@ -51,7 +51,7 @@ def _opencv(image: Tensor, mask: Tensor, method: int) -> Tensor:
         as_bytes = np.ascontiguousarray((picture * 255).round().astype(np.uint8))  # OpenCV inpaints bytes only
         return cv2.inpaint(as_bytes, hole.astype(np.uint8), _RADIUS, method).astype(np.float64) / 255
 
-    return _fill_each(image, mask, fill)
+    return fill_each(image, mask, fill)
 
 
 def telea(image: Tensor, mask: Tensor) -> Tensor:
@@ -72,4 +72,4 @@ def biharmonic(image: Tensor, mask: Tensor) -> Tensor:
     """Biharmonic equation (Damelin and Hoang 2018), scikit-image."""
     from skimage.restoration import inpaint_biharmonic
 
-    return _fill_each(image, mask, lambda picture, hole: inpaint_biharmonic(picture, hole, channel_axis=-1))
+    return fill_each(image, mask, lambda picture, hole: inpaint_biharmonic(picture, hole, channel_axis=-1))

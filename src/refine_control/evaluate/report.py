@@ -66,6 +66,7 @@ class ReportData:
 
     truth: domain -> (N, 3, H, W) in [0, 1]; mask: domain -> (N, 1, H, W) in {0, 1}, 1 = hole; captions: domain -> N.
     curves: row name -> losses.jsonl files of its stages, in their order; each counts its steps from 1.
+    plots: (caption, PNG file). claims: (text, whether it holds, figures).
     """
 
     title: str
@@ -79,6 +80,8 @@ class ReportData:
     settings: dict[str, Any]
     domain_labels: dict[str, str]
     notes: list[str]
+    plots: Sequence[tuple[str, Path]] = ()
+    claims: Sequence[tuple[str, bool, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,14 @@ def write_report(data: ReportData, path: Path) -> None:
         curved=curved,
         panels=_panels([[_read(file) for file in data.curves[row.name]] for row in curved]),
         box=(_WIDTH, _HEIGHT),
+        plots=[(caption, _png_uri(path.read_bytes())) for caption, path in data.plots],
         costs=_COSTS,
         facts=[("Settings", _flat(data.settings)), ("Provenance", _flat(data.provenance)), ("Rules", _flat(RULES))],
     )
     write_whole(path, page)
 
 
-def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
+def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path | None = None) -> None:
     """Writes the tables of all domains as one: exact numbers as CSV, the page's numbers as Markdown."""
     domains = _domains(rows)
     tables = {domain: _columns(rows, domain, domains) for domain in domains}
@@ -132,6 +136,8 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path) -> None:
     raw = io.StringIO()
     csv.writer(raw, lineterminator="\n").writerows(exact)
     write_whole(path_csv, raw.getvalue())
+    if path_md is None:
+        return
     lines = (" | ".join(" ".join(text.split()).replace("|", "\\|") for text in line) for line in shown)
     write_whole(path_md, "".join(f"| {line} |\n" for line in lines))
 
@@ -227,7 +233,11 @@ def _uri(image: Tensor) -> str:
         picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     png = io.BytesIO()
     picture.save(png, "PNG")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return _png_uri(png.getvalue())
+
+
+def _png_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 Stage = tuple[int, dict[str, list[tuple[int, float]]]]  # the steps it took; term -> (step, value), finite values only

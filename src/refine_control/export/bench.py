@@ -16,8 +16,8 @@ from refine_control import runtime
 from refine_control.data.source import open_usable
 from refine_control.diffusion.store import load, resolve
 from refine_control.errors import ModelError, UserError
-from refine_control.evaluate.compare import machine
 from refine_control.evaluate.heldout import HeldOut
+from refine_control.evaluate.saved import machine
 from refine_control.evaluate.score import Reference
 from refine_control.export import parity
 from refine_control.export.timing import Entry, Worker, cores

@@ -1,0 +1,89 @@
+"""What the proof has to show (the headline), worked out from the results: each claim with its figures, held or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from refine_control.compare.statistics import (
+    HIGHER_IS_BETTER,
+    Results,
+    beyond_spread,
+    closed,
+    duel,
+    metrics_of,
+    over_seeds,
+)
+
+LEAST_WON, LEAST_SHARE, LEAST_CLOSED = 4, 0.95, 0.5
+CLASSICAL = ("mean-fill", "telea", "navier-stokes", "biharmonic")
+
+
+class Claim(NamedTuple):
+    text: str
+    holds: bool
+    figures: str
+
+
+def claims(ours: str, results: Mapping[str, Results], rivals: list[str]) -> list[Claim]:
+    """In the hole, on every domain. rivals: rows that distil into the same student for as many steps.
+
+    Claims whose rows are not there are left out.
+    """
+    found: list[Claim] = []
+    if ours not in results:
+        return found
+    for domain, metrics in metrics_of(results[ours]).items():
+        for rival in rivals:
+            found.append(_above(ours, rival, results, domain, metrics, LEAST_WON))
+        if "scratch" in results:
+            found.append(_above(ours, "scratch", results, domain, metrics, len(metrics)))
+        if "teacher" in results:
+            found += _near_teacher(ours, results, domain, metrics)
+    return found
+
+
+def gate_failures(results: Mapping[str, Results]) -> list[str]:
+    """Metrics in which the teacher does not beat the classical rows that are there: a table on it is marked so."""
+    if "teacher" not in results:
+        return []
+    failures = []
+    teacher, _ = over_seeds(results["teacher"])
+    for rival in (name for name in CLASSICAL if name in results):
+        theirs, _ = over_seeds(results[rival])
+        for metric in (m for m in teacher["labelled"] if m.partition("[")[0] not in HIGHER_IS_BETTER):
+            if teacher["labelled"][metric]["hole"] >= theirs["labelled"][metric]["hole"]:
+                failures.append(f"{metric} against {rival}")
+    return failures
+
+
+def _above(ours: str, rival: str, results: Mapping[str, Results], domain: str, metrics: list[str], least: int) -> Claim:
+    """Better on average in `least` metrics or more, and in none worse by more than the spread."""
+    duels = {metric: duel(results[ours], results[rival], domain, metric) for metric in metrics}
+    won = [m for m, d in duels.items() if d["mean"] > 0]
+    clear = [m for m, d in duels.items() if beyond_spread(d) > 0]
+    worse = [m for m, d in duels.items() if beyond_spread(d) < 0]
+    n = min(d["n"] for d in duels.values())
+    figures = f"better in {len(won)}, beyond the spread in {len(clear)}, worse beyond it in {len(worse)}; {n} seeds"
+    if worse:
+        figures += f" (worse: {', '.join(worse)})"
+    return Claim(f"{domain}: above {rival} in {least} of {len(metrics)}", len(won) >= least and not worse, figures)
+
+
+def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metrics: list[str]) -> list[Claim]:
+    means = {name: over_seeds(results[name])[0][domain] for name in (ours, "teacher", "scratch") if name in results}
+    found = []
+    for metric in metrics:
+        mine, teacher = means[ours][metric]["hole"], means["teacher"][metric]["hole"]
+        if metric in HIGHER_IS_BETTER:
+            text = f"{domain}: {LEAST_SHARE:.0%} of the teacher's {metric}"
+            found.append(Claim(text, mine / teacher >= LEAST_SHARE, f"{mine / teacher:.1%}"))
+        elif "scratch" in means:
+            way = closed(teacher, means["scratch"][metric]["hole"], mine)
+            text = f"{domain}: {metric} at least half of the way from scratch to the teacher"
+            found.append(Claim(text, way >= LEAST_CLOSED, f"{way:.0%}"))
+    return found
+
+
+def as_table(found: list[Claim]) -> list[dict[str, Any]]:
+    return [claim._asdict() for claim in found]

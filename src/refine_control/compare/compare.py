@@ -1,0 +1,101 @@
+"""A whole comparison: every run, then the tables, the plots and the page. `refine-control demo` is a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
+from refine_control.compare.runs import Workshop, finish, result_of
+from refine_control.compare.speed import STAGES, measure_once, minutes
+from refine_control.compare.summary import summarise
+from refine_control.distill.distil import with_known_commits
+from refine_control.distill.processes import refuse_processes
+from refine_control.errors import BusyError
+
+
+def compare(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
+    """Trains and scores every row with every seed, resuming what is there. Returns the table, to be printed.
+
+    Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, scores.json, table.md, table.csv, two plots
+    and report.html; in work_dir: ROW/seed-N/ with the student, losses and checkpoints. Started twice, two processes
+    share the runs out.
+
+    overrides: of the base recipe. rivals: files beside those in compare/rivals/.
+    """
+    refuse_processes("compare")
+    shop = Workshop(rivals)
+    plan, todo = _planned(plan, overrides, shop)
+    elsewhere = 0
+    for run in todo:
+        try:
+            finish(run, shop)
+        except BusyError:
+            elsewhere += 1
+    if elsewhere:
+        tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table is without them")
+    times = measure_once(_speed_file(plan), _trained(todo, shop), shop)
+    return summarise(plan, todo, times, shop)
+
+
+def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
+    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here."""
+    shop = Workshop(rivals)
+    plan, todo = _planned(plan, overrides, shop)
+    times = measure_once(_speed_file(plan), _trained(todo, shop), shop)
+    lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'minutes left':>13}"]
+    total = 0.0
+    for row in dict.fromkeys(run.row for run in todo):
+        ours = [run for run in todo if run.row == row]
+        done = [result_of(run) is not None for run in ours]
+        left = sum((minutes(run, times) or 0) * (1 - begun(run)) for run in ours)
+        total += left
+        steps = " + ".join(str(n) for stage in STAGES if (n := getattr(ours[0].recipe, stage).steps))
+        trained = row in times["step_ms"]
+        seeds = ",".join(str(run.seed) for run in ours)
+        lines.append(f"{row:32} {seeds:>9} {steps if trained else '-':>12} {sum(done):>2}/{len(done):<2} {left:>13.0f}")
+    lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>13.0f}")
+    return "\n".join(lines)
+
+
+def begun(run: Run) -> float:
+    """The share of a run's steps that is behind it: 1 where it is scored."""
+    if result_of(run) is not None:
+        return 1.0
+    steps = sum(getattr(run.recipe, stage).steps for stage in STAGES)
+    taken = 0
+    for stage in STAGES:
+        kept = [int(path.name.partition("-")[2]) for path in (run.work / stage / "checkpoints").glob("step-*")]
+        taken += max(kept, default=0)
+    return taken / steps if steps else 0.0
+
+
+def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> tuple[CompareRecipe, list[Run]]:
+    """The teacher's run and all others. Every rival is read first: a mistake there should not cost the rows before."""
+    found = {name: shop.find(row.rival) for name, row in plan.rows.items() if row.rival}
+    once = [name for name, rival in found.items() if rival.fill]
+    base = base_recipe(plan, overrides)
+    out, work = Path(plan.output_dir), Path(plan.work_dir or plan.output_dir)
+    first = out / TEACHER / "seed-0"
+    rest = runs(plan, overrides, once)
+    base = with_known_commits(base, rest[0].work)
+    pinned = {"teacher": base.teacher, "controlnets": base.controlnets}
+    teacher = Run(TEACHER, 0, base, None, first, work / TEACHER / "seed-0")
+    return plan, [teacher, *(run._replace(recipe=run.recipe.model_copy(update=pinned)) for run in rest)]
+
+
+def _trained(todo: Sequence[Run], shop: Workshop) -> list[Run]:
+    """The first run of each row that is trained."""
+    first = {run.row: run for run in reversed(todo)}
+    return [run for run in todo if run is first[run.row] and run.row != TEACHER and not _needs_no_training(run, shop)]
+
+
+def _needs_no_training(run: Run, shop: Workshop) -> bool:
+    rival = shop.rival(run)
+    return rival is not None and rival.fill is not None
+
+
+def _speed_file(plan: CompareRecipe) -> Path:
+    return Path(plan.output_dir) / "speed.json"

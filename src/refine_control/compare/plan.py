@@ -1,0 +1,127 @@
+"""What is compared: rows over seeds, each a base recipe with some keys set otherwise. Data only; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, field_validator
+
+from refine_control.errors import RecipeError
+from refine_control.plans import Config
+from refine_control.recipe import DistilRecipe, read_tree, validate
+
+TEACHER = "teacher"  # the row that every comparison has, first
+
+
+class RowPlan(Config):
+    """One row. rival: a file of compare/rivals/ or of --rival, by its name; without one the paper's loss trains it."""
+
+    label: str = ""
+    rival: str | None = None
+    set: dict[str, Any] = Field({}, description="dotted keys of the base recipe")
+    seeds: tuple[int, ...] | None = None  # instead of the comparison's
+
+    @field_validator("rival")
+    @classmethod
+    def _a_name_is_no_path(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace("-", "_").isidentifier():
+            raise ValueError("a rival is named by words with '-' between, as its file is; a recipe cannot name a path")
+        return value
+
+
+class CompareRecipe(Config):
+    """`refine-control compare`. output_dir keeps what is small: a JSON for each run, tables, plots, the page. work_dir
+    keeps students and checkpoints (by default the same folder). ours: the row that all others are tested against."""
+
+    title: str = "Refine-Control: from a teacher to a student"
+    output_dir: str
+    work_dir: str | None = None
+    base: str
+    set: dict[str, Any] = Field({}, description="dotted keys of the base recipe, for all rows")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ours: str = "refine-control"
+    rows: dict[str, RowPlan]
+
+    @field_validator("seeds")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("give one seed or more, each once")
+        return value
+
+    @field_validator("rows")
+    @classmethod
+    def _names_are_folders(cls, value: dict[str, RowPlan]) -> dict[str, RowPlan]:
+        for name in value:
+            if not name.replace("-", "_").replace(".", "_").isidentifier() or name == TEACHER:
+                raise ValueError(f"'{name}' is no name for a row: letters, digits, '-' and '.'; '{TEACHER}' is taken")
+        return value
+
+    def label(self, row: str) -> str:
+        return "Teacher" if row == TEACHER else self.rows[row].label or row
+
+
+class Run(NamedTuple):
+    """One row with one seed: its recipe, where its results and where its students go."""
+
+    row: str
+    seed: int
+    recipe: DistilRecipe
+    rival: str | None
+    out: Path
+    work: Path
+
+
+def load(path: Path, overrides: dict[str, str]) -> tuple[CompareRecipe, dict[str, str]]:
+    """A comparison, and the overrides that are of its base recipe: all that are no keys of the comparison itself."""
+    own = {key: value for key, value in overrides.items() if key.split(".")[0] in CompareRecipe.model_fields}
+    tree = read_tree(path, own)
+    tree["base"] = str((path.parent / str(tree.get("base", ""))).resolve()) if tree.get("base") else None
+    return validate(CompareRecipe, tree, f"recipe '{path}'"), {k: v for k, v in overrides.items() if k not in own}
+
+
+def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[int] | None) -> CompareRecipe:
+    """Some of the rows, in the order given, and other seeds for all of them.
+
+    Raises:
+        RecipeError: a name is no row.
+    """
+    chosen = plan.rows
+    if rows is not None:
+        for name in rows:
+            if name not in plan.rows:
+                raise RecipeError(f"no row '{name}'; there are: {', '.join(plan.rows)}")
+        chosen = {name: plan.rows[name] for name in rows}
+    if seeds is not None:
+        chosen = {name: row.model_copy(update={"seeds": None}) for name, row in chosen.items()}
+    return plan.model_copy(update={"rows": chosen, "seeds": tuple(seeds) if seeds else plan.seeds})
+
+
+def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
+    """What every row starts from."""
+    return _recipe(plan, {**plan.set, **overrides})
+
+
+def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = ()) -> list[Run]:
+    """All runs: seed by seed, so that a table over some seeds is there early. once: rows that need no second seed.
+
+    overrides: of the command line, laid over what the rows set.
+    """
+    out, work = Path(plan.output_dir), Path(plan.work_dir or plan.output_dir)
+    ordered: dict[int, list[Run]] = {}
+    for name, row in plan.rows.items():
+        seeds = row.seeds or plan.seeds
+        for place, seed in enumerate(seeds[:1] if name in once else seeds):
+            part = f"{name}/seed-{seed}"
+            values = {**plan.set, **row.set, **overrides, "seed": seed, "output_dir": str(work / part)}
+            run = Run(name, seed, _recipe(plan, values, f"row '{name}'"), row.rival, out / part, work / part)
+            ordered.setdefault(place, []).append(run)
+    return [run for place in sorted(ordered) for run in ordered[place]]
+
+
+def _recipe(plan: CompareRecipe, values: dict[str, Any], origin: str = "") -> DistilRecipe:
+    tree = read_tree(plan.base, values)
+    tree.setdefault("output_dir", plan.output_dir)
+    return validate(DistilRecipe, tree, f"recipe '{plan.base}'" + (f", {origin}" if origin else ""))

@@ -1,0 +1,54 @@
+"""Quality against what it costs: MACs of a step, and the time of training. Spread as bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from refine_control.evaluate.report import Row
+
+COSTS = {"macs": ("MACs of a forward", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
+
+
+def plot(rows: list[Row], cost: str, path: Path) -> None:
+    """One panel for each domain and metric, in the hole; a point for each row that has this cost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if getattr(row, cost)]
+    domains = list(dict.fromkeys(domain for row in shown for domain in row.scores))
+    metrics = list(dict.fromkeys(m for row in shown for scores in row.scores.values() for m in scores))
+    if not shown:
+        return
+    title, scale, unit = COSTS[cost]
+    size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
+    figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for i, domain in enumerate(domains):
+        for j, metric in enumerate(metrics):
+            for k, row in enumerate(shown):
+                _point(axes[i, j], row, domain, metric, getattr(row, cost) / scale, colours[k % len(colours)])
+            axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
+            axes[i, j].tick_params(labelsize=7)
+            axes[i, j].set_xscale("log" if cost == "macs" else "linear")
+            if i == len(domains) - 1:
+                axes[i, j].set_xlabel(f"{title} ({unit})", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.06 + 0.025 * (len(shown) // 5), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any) -> None:
+    score = row.scores.get(domain, {}).get(metric, {}).get("hole")
+    if score is None:
+        return
+    spread = row.spread.get(domain, {}).get(metric, {}).get("hole")
+    marker = "*" if row.name == "teacher" else "o"
+    axis.errorbar(
+        x, score, yerr=spread, fmt=marker, ms=9 if marker == "*" else 5, color=colour, label=row.name, capsize=2
+    )

@@ -1,0 +1,251 @@
+"""One run: a row with one seed, trained where it has to be and scored. Its result is one JSON, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from refine_control import __version__
+from refine_control.compare.plan import TEACHER, Run
+from refine_control.compare.rivals import Rival, find
+from refine_control.distill.distil import OURS, Distiller, with_known_commits
+from refine_control.distill.loop import train
+from refine_control.distill.stages import Method
+from refine_control.errors import RecipeError
+from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.saved import machine
+from refine_control.files import hold, write_whole
+from refine_control.recipe import DistilRecipe, learnt, load
+
+SHOWN = 12  # pictures of each domain, kept of a run to be looked at
+
+
+@dataclass
+class Workshop:
+    """What runs share: teachers with their data and what was computed of them, held-out pictures, rivals."""
+
+    rivals: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        self._distillers: dict[str, Distiller] = {}
+        self._domains: dict[str, dict[str, Domain]] = {}
+        self._found: dict[str, Rival] = {}
+
+    def distiller(self, recipe: DistilRecipe) -> Distiller:
+        key = json.dumps([recipe.teacher, recipe.controlnets, recipe.data.model_dump(), recipe.run.model_dump()])
+        if key not in self._distillers:
+            self._distillers[key] = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
+        return self._distillers[key]
+
+    def domains(self, recipe: DistilRecipe) -> dict[str, Domain]:
+        key = json.dumps([part.model_dump() for part in (recipe.data, recipe.masks, recipe.evaluate)])
+        if key not in self._domains:
+            self._domains[key] = open_domains(recipe.data, recipe.masks, recipe.evaluate)
+        return self._domains[key]
+
+    def find(self, name: str) -> Rival:
+        if name not in self._found:
+            self._found[name] = find(name, self.rivals)
+        return self._found[name]
+
+    def rival(self, run: Run) -> Rival | None:
+        return self.find(run.rival) if run.rival else None
+
+    @cached_property
+    def commit(self) -> str:
+        """Of the code, with '+' behind it where that was changed since; '' outside a clone."""
+        try:
+            said = [
+                "git",
+                "-C",
+                str(Path(__file__).parent),
+                "describe",
+                "--always",
+                "--abbrev=12",
+                "--dirty=+",
+                "--exclude=*",
+            ]
+            return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+
+def result_of(run: Run) -> dict[str, Any] | None:
+    """The run's result, None where it is not complete."""
+    path = run.out / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def finish(run: Run, shop: Workshop) -> dict[str, Any]:
+    """Trains and scores a run, or takes its result as it is when it is complete and of this recipe.
+
+    Raises:
+        RecipeError: the result that is there is of another recipe, teacher, data or rival.
+        UserError: another process is at the run.
+    """
+    with hold(run.work):
+        distiller, rival = shop.distiller(run.recipe), shop.rival(run)
+        recipe = distiller.pinned(with_known_commits(run.recipe, run.work))
+        method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
+        made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
+        identity = digest_of(recipe, made_by)
+        kept = result_of(run)
+        if kept is not None:
+            if kept["identity"] != identity:
+                raise RecipeError(
+                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data or rival; "
+                    "remove it, or choose another output_dir"
+                )
+            return kept
+        domains = shop.domains(recipe)
+        if run.row == TEACHER:
+            scored = _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
+        elif rival and rival.fill:
+            scored = _scored_pictures(rival.fill, domains, run)
+        elif rival and rival.network:
+            scored = _trained_network(rival, distiller, domains, recipe, run)
+        else:
+            share_stage1(recipe, run.work, method, distiller)
+            student = distiller.run_held(recipe, run.work, method)
+            scored = _scored_model(str(student), domains, recipe, run)
+        result = {
+            "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
+            "machine": machine(), "rival": run.rival, "recipe": recipe.model_dump(mode="json"), "contents": made_by,
+            "trained_seconds": trained_seconds(run.work), **scored,
+        }  # fmt: skip
+        write_whole(run.out / "run.json", json.dumps(_rounded(result)))
+        return result
+
+
+def digest_of(recipe: DistilRecipe, made_by: dict[str, str]) -> str:
+    """Of all that decides a result: what is learnt of what, and how it is scored."""
+    scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
+    return hashlib.sha256(json.dumps([learnt(recipe), made_by, scored], sort_keys=True).encode()).hexdigest()
+
+
+def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
+    """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
+    finished, ours = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}", distiller.contents(method)
+    if not recipe.stage1.steps or (folder / "stage1").exists():
+        return
+    for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
+        if not (begun.parent / finished).is_dir() or not (begun.parent / "contents.json").is_file():
+            continue
+        theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
+        contents = json.loads((begun.parent / "contents.json").read_text(encoding="utf-8"))
+        if learnt(theirs) == learnt(recipe) and contents == ours:
+            aside = folder / ".stage1.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(begun.parent / "stage1", aside)
+            aside.rename(folder / "stage1")
+            return
+
+
+def trained_seconds(folder: Path) -> float | None:
+    """Training time of all stages, by their logs; interruptions do not count, and what else the machine did does."""
+    logs = [log.read_text(encoding="utf-8").splitlines() for log in sorted(folder.glob("stage*/losses.jsonl"))]
+    return sum(json.loads(lines[-1])["seconds"] for lines in logs if lines) if logs else None
+
+
+def _scored_model(
+    name: str, domains: dict[str, Domain], recipe: DistilRecipe, run: Run, controlnets: Sequence[str] = ()
+) -> dict[str, Any]:
+    result = evaluate_model(name, domains, recipe, run.work, controlnets)
+    _keep_pictures(run, drawn(run.work))
+    return {"cost": result["cost"], "settings": result["settings"], "domains": result["domains"]}
+
+
+def _scored_pictures(
+    fill: Callable[[Tensor, Tensor], Tensor], domains: dict[str, Domain], run: Run, cost: dict[str, int] | None = None
+) -> dict[str, Any]:
+    pictures = {name: fill(domain.heldout.true, domain.heldout.batch.mask) for name, domain in domains.items()}
+    _keep_pictures(run, pictures)
+    settings = {"heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()}}
+    scores = {name: domain.score(pictures[name]) for name, domain in domains.items()}
+    return {"cost": cost, "settings": settings, "domains": scores}
+
+
+def _trained_network(
+    rival: Rival, distiller: Distiller, domains: dict[str, Domain], recipe: DistilRecipe, run: Run
+) -> dict[str, Any]:
+    """A network of a rival's own, on the batches of stage 1, for stage1.steps."""
+    assert rival.network is not None
+    torch.manual_seed(recipe.seed)
+    network: Any = rival.network().to(distiller.teacher.device)
+    loader = distiller.loader(recipe, recipe.stage1, "stage1")
+    distiller.claim(recipe, run.work, Method(digest=rival.digest))
+    train(run.work / "stage1", network, {"task": 1.0}, loader, recipe.stage1, recipe.run)
+    save_file(network.state_dict(), run.work / "network.safetensors")
+
+    @torch.no_grad()
+    def fill(images: Tensor, masks: Tensor) -> Tensor:
+        device = distiller.teacher.device
+        painted = network.paint((images * 2 - 1).to(device), masks.to(device)).cpu().clamp(-1, 1)
+        return torch.where(masks.bool(), (painted + 1) / 2, images)
+
+    return _scored_pictures(fill, domains, run, network_cost(network, recipe.data.resolution))
+
+
+def network_cost(network: nn.Module, side: int) -> dict[str, int]:
+    """Parameters, and MACs of one picture."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(network.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cast(Any, network).paint(
+            torch.zeros(1, 3, side, side, device=device), torch.zeros(1, 1, side, side, device=device)
+        )
+    return {"params": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+def shown_of(count: int) -> list[int]:
+    """Which of `count` held-out pictures are kept: evenly spread."""
+    return np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int).tolist()
+
+
+def _keep_pictures(run: Run, pictures: dict[str, Tensor]) -> None:
+    """pictures.png: a row of SHOWN pictures for each domain, pixel for pixel, to be read back by `pictures_of`."""
+    lines = [torch.cat(list(p[shown_of(len(p))]), 2) for p in pictures.values()]
+    widest = max(line.shape[2] for line in lines)
+    sheet = torch.cat([torch.nn.functional.pad(line, (0, widest - line.shape[2])) for line in lines], 1)
+    run.out.mkdir(parents=True, exist_ok=True)
+    array = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(run.out / "pictures.png", optimize=True)
+
+
+def pictures_of(run: Run, domains: dict[str, Domain]) -> dict[str, Tensor]:
+    """Domain -> (n, 3, H, W) in [0, 1], the pictures that `shown_of` names; empty where none are kept."""
+    path = run.out / "pictures.png"
+    if not path.is_file():
+        return {}
+    sheet = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    pictures, top = {}, 0
+    for name, domain in domains.items():
+        height, width = domain.heldout.true.shape[2:]
+        count = len(shown_of(len(domain.heldout.true)))
+        line = sheet[:, top : top + height, : count * width]
+        pictures[name] = torch.stack(line.split(width, 2))
+        top += height
+    return pictures
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than any score has; all of them would be most of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value

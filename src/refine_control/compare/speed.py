@@ -1,0 +1,124 @@
+"""What a training step of each row takes, all rows in turns: so a busy moment, or another machine, hits all alike.
+
+Steps times this is the wall time that a table shows. The logs' own seconds depend on what else ran, on which machine,
+and on what was cached by a row before.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from refine_control.compare.plan import TEACHER, Run
+from refine_control.compare.runs import Workshop
+from refine_control.diffusion.model import Model
+from refine_control.distill.distil import OURS
+from refine_control.distill.learner import Learner
+from refine_control.distill.loop import take_step
+from refine_control.distill.processes import gather
+from refine_control.distill.stages import Distillation
+from refine_control.evaluate.heldout import latency_ms
+from refine_control.evaluate.saved import machine
+from refine_control.files import write_whole
+from refine_control.recipe import StageConfig, learnt
+
+TURNS, WARM = 7, 2  # of which the first are not counted
+STAGES = ("stage1", "stage2")
+
+
+def measure_once(path: Path, runs: Sequence[Run], shop: Workshop) -> dict[str, Any]:
+    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine"}: as it was measured before, in `path`, where
+    that had these rows with these recipes."""
+    recipes = {run.row: {"recipe": learnt(run.recipe) | {"seed": None}, "rival": run.rival} for run in runs}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if kept and recipes.items() <= kept["recipes"].items():
+        return kept
+    measured = {
+        "step_ms": step_times(runs, shop),
+        "forward_ms": forward_times(runs, shop),
+        "turns": TURNS,
+        "machine": machine(),
+        "recipes": recipes,
+    }
+    write_whole(path, json.dumps(measured, indent=1))
+    return measured
+
+
+def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float]]:
+    """Row -> {"stage1": ms, "stage2": ms} of one step, medians; stages without steps are left out."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = {
+            (run.row, stage): _step(run, stage, shop, Path(scratch) / run.row / stage)
+            for run in tqdm(runs, desc="timing a step of each row", unit="row")
+            for stage in STAGES
+            if getattr(run.recipe, stage).steps
+        }
+        for turn in range(TURNS + WARM):
+            for key, step in steps.items():
+                began = time.perf_counter()
+                step(turn)
+                if turn >= WARM:
+                    taken.setdefault(key, []).append(1e3 * (time.perf_counter() - began))
+    times: dict[str, dict[str, float]] = {}
+    for (row, stage), ms in taken.items():
+        times.setdefault(row, {})[stage] = float(np.median(ms))
+    return times
+
+
+def forward_times(runs: Sequence[Run], shop: Workshop) -> dict[str, float]:
+    """Row -> ms of one forward of foundation + module on one picture, of the teacher too; medians, in turns."""
+    models: dict[str, Model] = {}
+    plans: dict[str, str] = {}
+    for run in runs:
+        rival = shop.rival(run)
+        if rival is None or rival.losses:
+            distiller, plan = shop.distiller(run.recipe), str(run.recipe.student)
+            models.setdefault(TEACHER, distiller.teacher)
+            if plan not in plans.values():
+                student, _ = distiller.fresh_student(run.recipe, measure=False)
+                models[run.row] = replace(distiller.teacher, denoiser=student.eval().requires_grad_(False))
+            plans[run.row] = plan
+    measured = {name: taken["median"] for name, taken in latency_ms(models).items()}
+    by_plan = {plans[row]: ms for row, ms in measured.items() if row in plans}
+    return {row: by_plan[plan] for row, plan in plans.items()} | {k: v for k, v in measured.items() if k == TEACHER}
+
+
+def minutes(run: Run, measured: dict[str, Any]) -> float | None:
+    """Of the training of a run; None where its row is not trained."""
+    if run.row not in measured["step_ms"]:
+        return None
+    return sum(getattr(run.recipe, stage).steps * ms for stage, ms in measured["step_ms"][run.row].items()) / 60e3
+
+
+def _step(run: Run, name: str, shop: Workshop, folder: Path) -> Callable[[int], None]:
+    """turn -> one training step of a row, batches and all; nothing that the teacher made is kept."""
+    recipe, distiller, rival = run.recipe, shop.distiller(run.recipe), shop.rival(run)
+    stage: StageConfig = getattr(recipe, name)
+    objective: nn.Module
+    if rival and rival.network:
+        objective, weights = rival.network().to(distiller.teacher.device), {"task": 1.0}
+    else:
+        student, bridges = distiller.fresh_student(recipe, measure=False)
+        losses = rival.losses if rival and rival.losses else OURS.losses
+        objective = Distillation(student, distiller.teacher, bridges, distiller.encoder, stage, losses=losses)
+        weights = stage.weights.model_dump()
+    loader = distiller.loader(recipe, stage, "speed")
+    learner = Learner(objective, weights, stage, recipe.run, gather(distiller.teacher.device), folder)
+
+    def step(turn: int) -> None:
+        take_step(learner, 0, [loader(turn % WARM)], weights)  # met while warming up, so that all is in memory
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return step

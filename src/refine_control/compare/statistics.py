@@ -1,0 +1,85 @@
+"""What repeats say: means and spreads over seeds, paired tests over seeds and over images."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel, wilcoxon
+
+REGIONS = ("whole", "hole")
+Results = dict[int, dict[str, Any]]  # seed -> what runs.finish returns
+HIGHER_IS_BETTER = ("psnr", "ssim")
+
+
+def sign(metric: str) -> int:
+    """1 where more is better, -1 where less is."""
+    return 1 if metric.partition("[")[0] in HIGHER_IS_BETTER else -1
+
+
+def value(result: dict[str, Any], domain: str, metric: str, region: str) -> float:
+    return result["domains"][domain]["metrics"][metric][region]
+
+
+def over_seeds(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
+    """domain -> metric -> region -> mean, and the standard deviation (None for one seed)."""
+    means: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
+    for domain, metrics in metrics_of(results).items():
+        means[domain], spread[domain] = {}, {}
+        for metric in metrics:
+            values = {r: [value(one, domain, metric, r) for one in results.values()] for r in REGIONS}
+            means[domain][metric] = {r: statistics.mean(v) for r, v in values.items()}
+            spread[domain][metric] = {r: statistics.stdev(v) if len(v) > 1 else None for r, v in values.items()}
+    return means, spread
+
+
+def metrics_of(results: Results) -> dict[str, list[str]]:
+    """domain -> the metrics that were scored."""
+    return {domain: list(scored["metrics"]) for domain, scored in next(iter(results.values()))["domains"].items()}
+
+
+def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str = "hole") -> dict[str, Any]:
+    """How much better ours is than theirs (above 0: better, whatever the metric's sense), seed by seed.
+
+    mean, sd of the gain; won of n seeds; p_seeds of a paired t-test where there are 3 seeds or more; p_images of a
+    Wilcoxon test over images, each averaged over the seeds, for metrics that every image has. A rival that needs no
+    seeds (classical inpainting) is met by every seed of ours.
+    """
+    single = next(iter(theirs.values())) if len(theirs) == 1 else None
+    seeds = [seed for seed in ours if seed in theirs or single]
+    up = sign(metric)
+    pairs = [
+        (value(ours[s], domain, metric, region), value(single or theirs[s], domain, metric, region)) for s in seeds
+    ]
+    gains = [up * (a - b) for a, b in pairs]
+    result: dict[str, Any] = {
+        "mean": statistics.mean(gains),
+        "sd": statistics.stdev(gains) if len(gains) > 1 else None,
+        "won": sum(gain > 0 for gain in gains),
+        "n": len(gains),
+        "p_seeds": float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if len(pairs) > 2 and not single else None,
+        "p_images": None,
+    }
+    per_image = [
+        [one["domains"][domain]["per_image"].get(metric, {}).get(region) for one in (ours[s], single or theirs[s])]
+        for s in seeds
+    ]
+    if all(a and b for a, b in per_image):
+        mine, other = (np.mean([pair[side] for pair in per_image], axis=0) for side in (0, 1))
+        if np.any(mine != other):
+            result["p_images"] = float(wilcoxon(mine, other).pvalue)
+    return result
+
+
+def beyond_spread(found: dict[str, Any]) -> int:
+    """1 where ours is better by more than the spread of the gain over seeds, -1 where worse by more, else 0."""
+    if found["sd"] is None or abs(found["mean"]) <= found["sd"]:
+        return 0
+    return 1 if found["mean"] > 0 else -1
+
+
+def closed(teacher: float, scratch: float, student: float) -> float:
+    """How much of the way from scratch to the teacher a student went: 0 at scratch, 1 at the teacher."""
+    return (scratch - student) / (scratch - teacher) if scratch != teacher else 1.0

@@ -1,0 +1,153 @@
+"""What the runs come to: scores.json, table.md, table.csv, two plots and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refine_control.compare.claims import Claim, claims, gate_failures
+from refine_control.compare.plan import TEACHER, CompareRecipe, Run
+from refine_control.compare.plots import plot
+from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
+from refine_control.compare.speed import STAGES, minutes
+from refine_control.compare.statistics import Results, over_seeds
+from refine_control.compare.tables import markdown
+from refine_control.evaluate.domains import Domain
+from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
+from refine_control.files import write_whole
+
+DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
+PLOTS = {
+    "macs": "Scores in the hole against the MACs of a forward; bars: standard deviation over seeds.",
+    "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step).",
+}
+
+
+def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], shop: Workshop) -> str:
+    """Writes all that is made of the results that are there. Returns the table as plain text."""
+    out = Path(plan.output_dir)
+    results: dict[str, Results] = {}
+    for run in todo:
+        if (result := result_of(run)) is not None:
+            results.setdefault(run.row, {})[run.seed] = result
+    first = {run.row: run for run in reversed(todo) if run.row in results}
+    domains = shop.domains(todo[0].recipe)
+    rows = [_row(name, plan, first[name], results[name], times, domains) for name in results]
+    rivals = [name for name in results if _is_distilled(name, plan, first, shop)]
+    found = claims(plan.ours, results, rivals)
+    failed = gate_failures(results)
+    title = plan.title + (f" [the teacher fails its gate: {', '.join(failed)}]" if failed else "")
+    provenance = _provenance(plan, results, times)
+    table = {
+        "title": title, "ours": plan.ours, **provenance, "claims": [claim._asdict() for claim in found],
+        "rows": {row.name: _figures(row, results[row.name]) for row in rows},
+    }  # fmt: skip
+    write_whole(out / "scores.json", json.dumps(table, indent=1))
+    write_table(rows, out / "table.csv")
+    text = markdown(title, plan, rows, results, found, provenance)
+    write_whole(out / "table.md", text)
+    for cost in PLOTS:
+        plot(rows, cost, out / f"{cost}.png")
+    write_report(_page(title, plan, rows, first, domains, found, provenance, results), out / "report.html")
+    return text_table(rows)
+
+
+def _is_distilled(name: str, plan: CompareRecipe, first: Mapping[str, Run], shop: Workshop) -> bool:
+    """A row that distils the same teacher into the same student for as many steps by another loss or other data."""
+    if name in (TEACHER, plan.ours) or plan.ours not in first:
+        return False
+    run, ours, rival = first[name], first[plan.ours], shop.rival(first[name])
+    teaches = any(getattr(run.recipe, s).weights.output or getattr(run.recipe, s).weights.feature for s in STAGES)
+    steps = [sum(getattr(one.recipe, stage).steps for stage in STAGES) for one in (run, ours)]
+    same = run.recipe.student == ours.recipe.student and steps[0] == steps[1]
+    return teaches and same and (rival is None or rival.losses is not None)
+
+
+def _row(
+    name: str, plan: CompareRecipe, run: Run, results: Results, times: dict[str, Any], domains: dict[str, Domain]
+) -> Row:
+    scores, spread = over_seeds(results)
+    cost = next(iter(results.values()))["cost"] or {}
+    taken = minutes(run, times)
+    return Row(
+        name=name,
+        label=plan.label(name),
+        scores=scores,
+        params=cost.get("params"),
+        macs=cost.get("macs"),
+        latency_ms=times["forward_ms"].get(name),
+        wall_seconds=None if taken is None else taken * 60,
+        steps=sum(getattr(run.recipe, stage).steps for stage in STAGES) if taken is not None else None,
+        drawn=pictures_of(run, domains),
+        spread=spread,
+    )
+
+
+def _figures(row: Row, results: Results) -> dict[str, Any]:
+    runs = {seed: {d: s["metrics"] for d, s in result["domains"].items()} for seed, result in results.items()}
+    cost = {"params": row.params, "macs": row.macs, "latency_ms": row.latency_ms, "wall_seconds": row.wall_seconds}
+    return {"label": row.label, "mean": row.scores, "spread": row.spread, "steps": row.steps, **cost, "runs": runs}
+
+
+def _provenance(plan: CompareRecipe, results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
+    """What made the scores: extractors, machines and commits of all runs, seeds."""
+    every = [result for some in results.values() for result in some.values()]
+    scored = next(iter(every[0]["domains"].values()))["provenance"]
+    machines = {(m["platform"], m["cores"], m["gpu"] or "no GPU", m["torch"]) for m in (r["machine"] for r in every)}
+    return {
+        "extractors": scored,
+        "machines": sorted(map(list, machines)),
+        "commits": sorted({result["commit"] for result in every}),
+        "seeds": {name: sorted(some) for name, some in results.items()},
+        "timed_on": times["machine"],
+    }
+
+
+def _page(
+    title: str,
+    plan: CompareRecipe,
+    rows: list[Row],
+    first: Mapping[str, Run],
+    domains: dict[str, Domain],
+    found: list[Claim],
+    provenance: dict[str, Any],
+    results: Mapping[str, Results],
+) -> ReportData:
+    out, recipe = Path(plan.output_dir), (first.get(plan.ours) or next(iter(first.values()))).recipe
+    chosen = {name: shown_of(len(domain.heldout.true)) for name, domain in domains.items()}
+    curves = {n: [run.work / s / "losses.jsonl" for s in STAGES] for n, run in first.items()}
+    counts = sorted({len(some) for name, some in results.items() if name != TEACHER})
+    student = next((row for row in rows if row.name == plan.ours), rows[-1])
+    return ReportData(
+        title=title,
+        lead=(
+            f"A teacher of {rows[0].params or 0:,} parameters was distilled into a student of {student.params or 0:,}. "
+            "Every row saw the same masks and noise, and is drawn with the same sampler from the same noise. Scores "
+            f"are means over {' or '.join(map(str, counts))} training seed(s), on held-out pictures."
+        ),
+        rows=rows,
+        truth={name: domain.heldout.true[chosen[name]] for name, domain in domains.items()},
+        mask={name: domain.heldout.batch.mask[chosen[name]] for name, domain in domains.items()},
+        captions={n: tuple(d.heldout.batch.captions[i] for i in chosen[n]) for n, d in domains.items()},
+        curves={name: logs for name, files in curves.items() if (logs := [f for f in files if f.is_file()])},
+        provenance=provenance["extractors"][0],
+        settings={
+            "teacher": recipe.teacher,
+            "seeds": provenance["seeds"],
+            "stage 1": recipe.stage1.model_dump(mode="json"),
+            "stage 2": recipe.stage2.model_dump(mode="json"),
+            "student": recipe.model_dump(mode="json")["student"],
+            "sampler": recipe.sample.model_dump(mode="json"),
+            "machine": provenance["timed_on"],
+        },
+        domain_labels=DOMAIN_LABELS,
+        notes=[
+            "The pictures and curves are those of each row's first seed.",
+            "Known pixels are pasted back into every result, so 'whole' scores differ by what stands in the hole.",
+            "Minutes of training are steps times the time of a step, which was measured for all rows in turns.",
+        ],
+        plots=[(text, out / f"{cost}.png") for cost, text in PLOTS.items() if (out / f"{cost}.png").is_file()],
+        claims=found,
+    )

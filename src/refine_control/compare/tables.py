@@ -1,0 +1,106 @@
+"""The comparison as Markdown: scores in the hole, the method against each row, claims, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refine_control.compare.claims import Claim
+from refine_control.compare.plan import TEACHER, CompareRecipe
+from refine_control.compare.statistics import Results, beyond_spread, duel, metrics_of, sign
+from refine_control.evaluate.report import Row
+
+HEADINGS = {
+    "labelled": "Held-out concepts of the labelled domain",
+    "unlabelled": "Held-out pictures of the plain domain",
+}
+
+
+def markdown(
+    title: str,
+    plan: CompareRecipe,
+    rows: Sequence[Row],
+    results: Mapping[str, Results],
+    found: Sequence[Claim],
+    provenance: Mapping[str, Any],
+) -> str:
+    """All tables. Whole-image scores stand in table.csv and on the page."""
+    lines = [f"# {title}", "", *_how(provenance), ""]
+    for domain in dict.fromkeys(domain for row in rows for domain in row.scores):
+        lines += [f"## {HEADINGS.get(domain, domain)}, in the hole", "", *_scores(rows, domain, results), ""]
+    if plan.ours in results and len(results) > 2:
+        lines += [f"## {plan.label(plan.ours)} against each row, in the hole", "", *_duels(plan, results), ""]
+    if found:
+        lines += ["## Claims", "", "| claim | | figures |", "|---|---|---|"]
+        lines += [f"| {c.text} | {'holds' if c.holds else '**does not hold**'} | {c.figures} |" for c in found]
+        lines.append("")
+    lines += ["## What it costs", "", *_costs(rows), ""]
+    return "\n".join(lines)
+
+
+def _how(provenance: Mapping[str, Any]) -> list[str]:
+    extractor = provenance["extractors"][0]
+    machines = "; ".join(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
+    return [
+        f"Mean ± standard deviation over training seeds; {extractor['n']} held-out pictures a domain; features of "
+        f"{extractor['extractor']}; {machines}; code at {', '.join(provenance['commits']) or 'no commit'}.",
+    ]
+
+
+def _scores(rows: Sequence[Row], domain: str, results: Mapping[str, Results]) -> list[str]:
+    metrics = list(dict.fromkeys(m for row in rows for m in row.scores.get(domain, {})))
+    arrows = {m: "↑" if sign(m) > 0 else "↓" for m in metrics}
+    lines = [
+        "| | " + " | ".join(f"{m} {arrows[m]}" for m in metrics) + " | seeds |",
+        "|---|" + "---:|" * (len(metrics) + 1),
+    ]
+    for row in rows:
+        cells = []
+        for m in metrics:
+            score, spread = row.scores[domain][m]["hole"], row.spread[domain][m]["hole"]
+            cells.append(f"{score:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+        lines.append(f"| {row.label} | {' | '.join(cells)} | {len(results[row.name])} |")
+    return lines
+
+
+def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
+    """Gains: above 0 the method is better, in every column."""
+    ours = results[plan.ours]
+    metrics = list(dict.fromkeys(m for some in metrics_of(ours).values() for m in some))
+    lines = [
+        "How much better (above 0) or worse: mean ± standard deviation over seeds, seeds won; bold beyond that spread. "
+        "p: of a paired t-test over seeds, and of a Wilcoxon test over images, where there is one.",
+        "",
+        "| against | domain | " + " | ".join(metrics) + " |",
+        "|---|---|" + "---|" * len(metrics),
+    ]
+    for rival in (name for name in results if name not in (plan.ours, TEACHER)):
+        for domain in metrics_of(ours):
+            cells = [_gain(duel(ours, results[rival], domain, m)) for m in metrics]
+            lines.append(f"| {plan.label(rival)} | {domain} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _gain(found: Mapping[str, Any]) -> str:
+    spread = "" if found["sd"] is None else f" ± {found['sd']:.2g}"
+    text = f"{found['mean']:+.3g}{spread}"
+    text = f"**{text}**" if beyond_spread(dict(found)) else text
+    tests = [f"{found[key]:.2g}" for key in ("p_seeds", "p_images") if found[key] is not None]
+    return f"{text} ({found['won']}/{found['n']}{', p ' + ', '.join(tests) if tests else ''})"
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| | parameters | MACs of a forward | ms of a forward | steps | minutes of training |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row.params:,}" if row.params else "–",
+            f"{row.macs:,}" if row.macs else "–",
+            f"{row.latency_ms:.1f}" if row.latency_ms else "–",
+            f"{row.steps:,}" if row.steps else "–",
+            f"{row.wall_seconds / 60:.1f}" if row.wall_seconds else "–",
+        ]
+        lines.append(f"| {row.label} | {' | '.join(cells)} |")
+    return lines

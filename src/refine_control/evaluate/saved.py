@@ -1,0 +1,87 @@
+"""Saved models, and classical inpainting beside them, on a recipe's held-out pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refine_control import __version__
+from refine_control.diffusion.store import load
+from refine_control.distill.preview import mask_out, save_grid
+from refine_control.distill.processes import refuse_processes, set_threads
+from refine_control.evaluate import baselines
+from refine_control.evaluate.captions import caption_losses
+from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.heldout import latency_ms
+from refine_control.evaluate.report import Row, text_table, write_table
+from refine_control.files import write_whole
+from refine_control.recipe import DistilRecipe
+
+BASELINES = ("mean_fill", "telea", "navier_stokes", "biharmonic")
+
+
+def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) -> str:
+    """Scores saved models, and classical inpainting where asked, on a recipe's held-out pictures.
+
+    Writes scores.json, table.csv, table.md and for each model a sheet of pictures of each domain in recipe.output_dir.
+    The models' task losses under the right, the empty and a stranger's caption stand in scores.json too. Returns the
+    table, to be printed.
+    """
+    refuse_processes("evaluate")
+    set_threads(recipe.run)
+    out = Path(recipe.output_dir)
+    domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
+    table: dict[str, Any] = {}
+    rows = []
+    for name in models:
+        folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
+        result = evaluate_model(name, domains, recipe, folder)
+        model = load(name).freeze()
+        scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
+        cost = {"latency_ms": latency_ms({name: model})[name]["median"], **result["cost"]}
+        listened = caption_losses(model, domains["labelled"].heldout)
+        table[name] = {"domains": scores, **cost, "caption_losses": listened}
+        pictures = drawn(folder)
+        rows.append(Row(name, name, scores, **cost, wall_seconds=None, steps=None, drawn=pictures))
+        for key, domain in domains.items():
+            _save_sheet(folder / f"{key}.png", domain, pictures[key])
+    for name in BASELINES if with_baselines else ():
+        filled = {key: getattr(baselines, name)(d.heldout.true, d.heldout.batch.mask) for key, d in domains.items()}
+        scores = {key: d.score(filled[key])["metrics"] for key, d in domains.items()}
+        table[name] = {"domains": scores}
+        rows.append(Row(name, name, scores, None, None, None, None, None, filled))
+    table["provenance"] = [reference.provenance() for reference in domains["labelled"].references]
+    table["machine"] = machine()
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(rows, out / "table.csv", out / "table.md")
+    write_whole(out / "scores.json", json.dumps(table, indent=1))
+    return text_table(rows)
+
+
+def _save_sheet(path: Path, domain: Domain, pictures: Tensor, count: int = 64, columns: int = 16) -> None:
+    """Some of the held-out pictures, evenly spread, to be looked at: three rows each of input, drawn and truth."""
+    batch = domain.heldout.batch
+    columns = min(columns, len(batch))
+    shown = np.linspace(0, len(batch) - 1, min(count, len(batch)) // columns * columns).round().astype(int)
+    kinds = (mask_out(batch.image, batch.mask), pictures * 2 - 1, batch.image)
+    save_grid(path, [kind[list(part)] for part in shown.reshape(-1, columns) for kind in kinds])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "refine_control": __version__,
+    }

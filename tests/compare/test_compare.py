@@ -1,0 +1,176 @@
+"""The harness: rows, seeds, resuming; a table is the same however often it was interrupted."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from refine_control import recipe as recipes
+from refine_control.compare import compare as comparing
+from refine_control.compare import runs as running
+from refine_control.compare.plan import CompareRecipe, load, narrowed
+from refine_control.errors import RecipeError
+from refine_control.files import hold
+from refine_control.recipe import EvaluateConfig
+
+SCRATCH = {"set": {"init": "random", "stage1.weights": {"task": 1}, "stage2.weights": {"task": 1}}}
+ROWS: dict[str, Any] = {"scratch": SCRATCH, "telea": {"rival": "telea"}, "refine-control": {}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("base")
+    recipe = tiny.distil_recipe(
+        root,
+        labelled=5,
+        plain=4,
+        stage1=tiny.stage(3, ema_decay=0.5),
+        stage2=tiny.stage(2, ema_decay=0.5, labelled_fraction=0.5, learning_rate=1e-4),
+        evaluate=EvaluateConfig(images=4),
+        run=tiny.RUN.model_copy(update={"checkpoint_every": 1}),
+    )
+    recipes.save(recipe, root / "recipe.yaml")
+    return root / "recipe.yaml"
+
+
+def plan_of(
+    base: Path, out: Path, rows: dict[str, Any] | None = None, seeds: tuple[int, ...] = (0, 1)
+) -> CompareRecipe:
+    path = tiny.write_comparison(base, rows or ROWS, seeds=list(seeds))
+    return load(path, {"output_dir": str(out / "results"), "work_dir": str(out / "work")})[0]
+
+
+def scores(out: Path) -> dict[str, Any]:
+    """All of a table that may not depend on how it came about."""
+    table = json.loads((out / "results/scores.json").read_text())
+    rows = {
+        name: {k: v for k, v in row.items() if k in ("mean", "spread", "runs")} for name, row in table["rows"].items()
+    }
+    return {"rows": rows, "claims": table["claims"], "seeds": table["seeds"]}
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that was not interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    comparing.compare(plan_of(base, out), {})
+    return out
+
+
+def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None:
+    results = whole / "results"
+    runs = {path.parent.relative_to(results).as_posix() for path in results.rglob("run.json")}
+    assert runs == {
+        "teacher/seed-0",
+        "telea/seed-0",
+        *(f"{r}/seed-{s}" for r in ("scratch", "refine-control") for s in (0, 1)),
+    }
+    for name in ("table.md", "table.csv", "macs.png", "wall_seconds.png", "report.html", "speed.json"):
+        assert (results / name).stat().st_size > 0, name
+    assert not list(results.rglob("*.safetensors")), "what is large is in work_dir"
+    one = json.loads((results / "scratch/seed-1/run.json").read_text())
+    assert (one["seed"], one["recipe"]["init"]) == (1, "random")
+    assert one["trained_seconds"] > 0
+    assert one["machine"]["torch"] == torch.__version__
+    assert {"psnr", "ssim"} <= set(one["domains"]["labelled"]["per_image"])
+    text = (results / "table.md").read_text()
+    assert "±" in text
+    assert "| Telea | unlabelled |" in text
+    assert set(json.loads((results / "speed.json").read_text())["step_ms"]) == {"scratch", "refine-control"}
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_it_gives_the_same_table(base: Path, whole: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path)
+    comparing.compare(narrowed(plan, ["scratch"], [0]), {})
+    for late in ("results/scratch/seed-0/run.json", "work/scratch/seed-0/student"):  # killed in stage 2's last step
+        path = tmp_path / late
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "work/scratch/seed-0/stage2/checkpoints/step-000002")
+    comparing.compare(plan, {})
+    assert scores(tmp_path) == scores(whole)
+
+
+def test_complete_runs_are_taken_as_they_are_without_their_students(base: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    before = scores(whole)
+    comparing.compare(plan_of(base, tmp_path), {})
+    assert scores(tmp_path) == before
+    assert not list((tmp_path / "work").rglob("student"))
+
+
+def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    with pytest.raises(
+        RecipeError, match=r"run.json' is the result of another recipe, teacher, data or rival; remove it"
+    ):
+        comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
+
+
+@pytest.mark.slow
+def test_a_rival_of_ones_own_is_a_file_and_a_line(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "loudness.py"
+    path.write_text(
+        "def losses(seen, weights):\n    return {'task': (seen.predicted.std() - seen.target.std()).square()}\n"
+    )
+    plan = plan_of(base, tmp_path, {"loudness": {"rival": "loudness"}, "refine-control": {}}, seeds=(0,))
+    text = comparing.compare(plan, {}, [path])
+    assert "loudness" in text
+    with pytest.raises(RecipeError, match="no rival 'loudness'"):
+        comparing.compare(plan, {})
+    path.write_text(path.read_text() + "# otherwise\n")
+    with pytest.raises(RecipeError, match="another recipe"):
+        comparing.compare(plan, {}, [path])
+
+
+@pytest.mark.slow
+def test_a_network_of_a_rivals_own_is_trained_on_the_same_batches(base: Path, tmp_path: Path) -> None:
+    rows = {"feedforward": {"rival": "feedforward", "set": {"stage2.steps": 0}}, "refine-control": {}}
+    comparing.compare(plan_of(base, tmp_path, rows, seeds=(0,)), {})
+    one = json.loads((tmp_path / "results/feedforward/seed-0/run.json").read_text())
+    assert one["cost"]["params"] > 1e6
+    assert one["trained_seconds"] > 0
+    log = (tmp_path / "work/feedforward/seed-0/stage1/losses.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == 3
+
+
+@pytest.mark.slow
+def test_what_another_process_is_at_is_left_to_it(base: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path, seeds=(0,))
+    with hold(tmp_path / "work/scratch/seed-0"):
+        comparing.compare(plan, {})
+    table = json.loads((tmp_path / "results/scores.json").read_text())
+    assert set(table["rows"]) == {"teacher", "telea", "refine-control"}
+    comparing.compare(plan, {})
+    assert "scratch" in json.loads((tmp_path / "results/scores.json").read_text())["rows"]
+
+
+def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path, tmp_path: Path) -> None:
+    text = comparing.dry_run(plan_of(base, tmp_path), {})
+    assert not list(tmp_path.rglob("run.json"))
+    lines = {line.split()[0]: line.split() for line in text.splitlines()[1:] if not line.startswith(" ")}
+    assert lines["scratch"][1:4] == ["0,1", "3", "+"]
+    assert "0/2" in lines["scratch"]
+    assert "0/1" in lines["telea"]
+    shutil.copytree(whole / "results", tmp_path / "results", dirs_exist_ok=True)
+    assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
+
+
+@pytest.mark.slow
+def test_rows_that_begin_alike_share_stage_1_and_end_as_if_they_had_not(base: Path, tmp_path: Path) -> None:
+    rows = {"stage1-continued": {"set": {"stage2.labelled_fraction": 1}}, "refine-control": {}}
+    comparing.compare(plan_of(base, tmp_path, rows, seeds=(0,)), {})
+    comparing.compare(plan_of(base, tmp_path / "alone", {"refine-control": {}}, seeds=(0,)), {})
+    logs = [tmp_path / f"work/{row}/seed-0/stage1/losses.jsonl" for row in rows]
+    assert logs[0].read_text() == logs[1].read_text(), "seconds and all"
+    shared, alone = (
+        load_file(out / "work/refine-control/seed-0/student/unet/diffusion_pytorch_model.safetensors")
+        for out in (tmp_path, tmp_path / "alone")
+    )
+    assert [key for key in shared if not torch.equal(shared[key], alone[key])] == []
+    assert running.trained_seconds(logs[1].parents[1])

@@ -1,0 +1,122 @@
+"""A comparison is data: rows, each a base recipe with some keys set otherwise."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiny
+from refine_control import recipe as recipes
+from refine_control.compare.plan import CompareRecipe, base_recipe, load, narrowed, runs
+from refine_control.compare.rivals import known
+from refine_control.distill.alignment import automatic_map
+from refine_control.errors import RecipeError
+from refine_control.recipe import DistilRecipe, LossWeights
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("compare-*.yaml"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = DistilRecipe(
+        output_dir="unused", student=tiny.STUDENT, stage1=tiny.stage(3), stage2=tiny.stage(2, labelled_fraction=0.5)
+    )
+    recipes.save(config, tmp_path / "base.yaml")
+    return tmp_path / "base.yaml"
+
+
+def refused(path: Path, **overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        plan, rest = load(path, overrides)
+        runs(plan, rest)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_row_of_a_shipped_comparison_is_a_valid_recipe(path: Path) -> None:
+    plan, _ = load(path, {})
+    assert plan.ours in plan.rows
+    for run in runs(plan, {}):
+        assert run.rival is None or run.rival in known()
+        assert run.out == Path(plan.output_dir) / run.row / f"seed-{run.seed}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_rows_of_a_shipped_comparison_learn_alike(path: Path) -> None:
+    """Same student, batches, rates and sampler; as many steps unless the row says that it is about time."""
+    plan, _ = load(path, {})
+    ours = base_recipe(plan, {})
+    for run in runs(plan, {}):
+        assert run.recipe.student == ours.student
+        assert run.recipe.sample == ours.sample
+        assert run.recipe.evaluate == ours.evaluate
+        steps = run.recipe.stage1.steps + run.recipe.stage2.steps
+        assert steps == ours.stage1.steps + ours.stage2.steps or "time" in run.row or run.rival == "feedforward"
+        for name in ("batch_size", "learning_rate", "warmup_steps", "ema_decay", "final_learning_rate"):
+            for stage in ("stage1", "stage2"):
+                assert getattr(getattr(run.recipe, stage), name) == getattr(getattr(ours, stage), name), run.row
+
+
+def test_rows_set_keys_of_the_base_and_the_command_line_has_the_last_word(base: Path) -> None:
+    rows = {"scratch": {"set": {"init": "random", "stage1.weights": {"task": 1}}}, "refine-control": {}}
+    path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.5})
+    plan, rest = load(path, {"stage1.weights.output": "0.25", "output_dir": "elsewhere"})
+    scratch, ours = runs(plan, rest)
+    assert (scratch.recipe.init, ours.recipe.init) == ("random", "teacher")
+    assert scratch.recipe.stage1.weights == LossWeights(task=1, output=0.25)
+    assert ours.recipe.stage1.weights == LossWeights(task=1, output=0.25, feature=1)
+    assert scratch.recipe.stage1.learning_rate == ours.recipe.stage1.learning_rate == 0.5
+    assert scratch.out == Path("elsewhere/scratch/seed-0")
+    assert rest == {"stage1.weights.output": "0.25"}
+
+
+def test_seeds_come_in_turns_and_a_row_may_have_its_own(base: Path) -> None:
+    rows = {"scratch": {"seeds": [4, 5, 6]}, "refine-control": {}, "telea": {"rival": "telea"}}
+    plan, _ = load(tiny.write_comparison(base, rows, seeds=[0, 1]), {})
+    order = [(run.row, run.seed) for run in runs(plan, {}, once=["telea"])]
+    assert order == [
+        ("scratch", 4), ("refine-control", 0), ("telea", 0),
+        ("scratch", 5), ("refine-control", 1),
+        ("scratch", 6),
+    ]  # fmt: skip
+    assert [run.recipe.seed for run in runs(plan, {})] == [run.seed for run in runs(plan, {})]
+
+
+def test_rows_and_seeds_may_be_narrowed(base: Path) -> None:
+    plan, _ = load(tiny.write_comparison(base, {"a": {"seeds": [7]}, "b": {}}), {})
+    assert [(run.row, run.seed) for run in runs(narrowed(plan, ["b", "a"], [1]), {})] == [("b", 1), ("a", 1)]
+    with pytest.raises(RecipeError, match="no row 'magic'; there are: a, b"):
+        narrowed(plan, ["magic"], None)
+
+
+def test_mistakes_name_the_row_and_the_key(base: Path) -> None:
+    assert "row 'a'" in (line := refused(tiny.write_comparison(base, {"a": {"set": {"stage1.stepz": 3}}})))
+    assert "stage1.stepz" in line
+    assert "teacher" in refused(tiny.write_comparison(base, {"teacher": {}}))
+    assert "name" in refused(tiny.write_comparison(base, {"../a": {}}))
+    assert "path" in refused(tiny.write_comparison(base, {"a": {"rival": "../../evil"}}))
+    assert "seed" in refused(tiny.write_comparison(base, seeds=[]))
+    path = tiny.write_comparison(base)
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "base"}))
+    assert "base" in refused(path)
+
+
+def test_a_plain_sum_over_points_is_as_many_times_the_mean() -> None:
+    """The weights of the rows with BK-SDM's and distill-sd's losses count the points that are aligned."""
+    from refine_control.diffusion import store
+    from refine_control.diffusion.taps import feature_shapes
+    from refine_control.student.plan import build_student, probe
+
+    plan, _ = load(next(path for path in SHIPPED if path.name == "compare-emoji.yaml"), {})
+    by_row = {run.row: run.recipe for run in runs(plan, {})}
+    teacher = store.load("zoo:emoji-teacher")
+    student = build_student(by_row["bk-sdm"].student, teacher)
+    inputs = probe(teacher, teacher.device)
+    points = len(automatic_map(feature_shapes(student, inputs), feature_shapes(teacher.denoiser, inputs)))
+    assert by_row["bk-sdm"].stage1.weights.feature == points
+    assert by_row["distill-sd"].stage1.weights.feature == points / 2
+
+
+def test_the_recipe_needs_a_row() -> None:
+    assert CompareRecipe(output_dir="x", base="y", rows={"a": {}}).label("a") == "a"  # type: ignore[dict-item]

@@ -1,0 +1,82 @@
+"""Known answers: means, gains and tests over seeds and images; claims worked out from them."""
+
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_rel, wilcoxon
+
+from refine_control.compare.claims import claims, gate_failures
+from refine_control.compare.statistics import Results, beyond_spread, closed, duel, over_seeds
+
+
+def results(psnr: list[float], fid: list[float] | None = None, images: list[list[float]] | None = None) -> Results:
+    """A result a seed, of one domain with these scores in the hole."""
+    found: dict[int, dict[str, Any]] = {}
+    for seed, value in enumerate(psnr):
+        metrics = {"psnr": {"whole": value + 6, "hole": value}}
+        if fid:
+            metrics["fid[x]"] = {"whole": fid[seed], "hole": fid[seed]}
+        per_image = {"psnr": {"hole": images[seed], "whole": images[seed]}} if images else {}
+        found[seed] = {"domains": {"labelled": {"metrics": metrics, "per_image": per_image}}}
+    return found
+
+
+def test_means_and_spreads() -> None:
+    means, spread = over_seeds(results([10, 12, 14]))
+    assert means["labelled"]["psnr"] == {"whole": 18, "hole": 12}
+    assert spread["labelled"]["psnr"]["hole"] == 2
+    assert over_seeds(results([10]))[1]["labelled"]["psnr"]["hole"] is None
+
+
+def test_a_gain_is_above_0_where_ours_is_better_whatever_the_metric() -> None:
+    ours, theirs = results([12, 13, 15], [90, 91, 95]), results([11, 13.5, 13], [100, 100, 100])
+    up, down = (duel(ours, theirs, "labelled", m) for m in ("psnr", "fid[x]"))
+    assert up["mean"] == pytest.approx((1 - 0.5 + 2) / 3)
+    assert (up["won"], up["n"]) == (2, 3)
+    assert down["mean"] == pytest.approx(8)
+    assert down["won"] == 3
+    assert up["p_seeds"] == pytest.approx(ttest_rel([12, 13, 15], [11, 13.5, 13]).pvalue)
+
+
+def test_images_are_tested_on_their_means_over_seeds() -> None:
+    mine, other = [[10.0, 11, 14, 12], [12.0, 11, 15, 13]], [[9.0, 10, 13, 12.5], [10.0, 10, 13, 12]]
+    found = duel(results([1, 2], images=mine), results([1, 1], images=other), "labelled", "psnr")
+    expected = wilcoxon([11, 11, 14.5, 12.5], [9.5, 10, 13, 12.25]).pvalue
+    assert found["p_images"] == pytest.approx(expected)
+    assert found["p_seeds"] is None, "two seeds are no test"
+
+
+def test_a_row_without_seeds_is_met_by_every_seed_and_tested_over_images_alone() -> None:
+    found = duel(results([12, 13, 14]), results([11]), "labelled", "psnr")
+    assert (found["mean"], found["won"], found["n"], found["p_seeds"]) == (2, 3, 3, None)
+
+
+def test_beyond_the_spread() -> None:
+    gains = [{"mean": 1.0, "sd": 0.5}, {"mean": -1.0, "sd": 0.5}, {"mean": 0.4, "sd": 0.5}, {"mean": 9.0, "sd": None}]
+    assert [beyond_spread(found) for found in gains] == [1, -1, 0, 0]
+
+
+def test_the_way_from_scratch_to_the_teacher() -> None:
+    assert closed(teacher=100, scratch=200, student=130) == pytest.approx(0.7)
+
+
+def test_claims_hold_by_their_figures() -> None:
+    table = {
+        "teacher": results([20], [100]),
+        "scratch": results([10, 10, 10], [300, 300, 300]),
+        "output-kd": results([18, 18.2, 18.1], [160, 161, 160]),
+        "refine-control": results([19, 19.1, 19.3], [180, 183, 181]),
+    }
+    found = {c.text: c for c in claims("refine-control", table, ["output-kd"])}
+    assert found["labelled: above scratch in 2 of 2"].holds
+    assert not found["labelled: above output-kd in 4 of 2"].holds
+    assert "worse: fid[x]" in found["labelled: above output-kd in 4 of 2"].figures
+    assert found["labelled: 95% of the teacher's psnr"].holds
+    assert found["labelled: fid[x] at least half of the way from scratch to the teacher"].figures == "59%"
+    assert claims("absent", table, []) == []
+
+
+def test_a_teacher_that_classical_inpainting_beats_is_named() -> None:
+    table = {"teacher": results([20], [100]), "telea": results([15], [90]), "biharmonic": results([15], [110])}
+    assert gate_failures(table) == ["fid[x] against telea"]
+    assert gate_failures({"telea": results([1], [1])}) == []
