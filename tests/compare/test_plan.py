@@ -27,8 +27,7 @@ def base(tmp_path: Path) -> Path:
 
 def refused(path: Path, **overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
-        plan, rest = load(path, overrides)
-        runs(plan, rest)
+        runs(*load(path, overrides))
     return str(caught.value)
 
 
