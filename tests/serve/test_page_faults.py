@@ -184,7 +184,9 @@ def test_opened_as_a_file_it_says_what_it_needs(site: Path, look: Looking) -> No
 SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
 
-def test_webgpu_draws_what_webassembly_draws(site: Path, browser: Any, chromium: str, serve: Callable[..., str]) -> None:
+def test_webgpu_draws_what_webassembly_draws(
+    site: Path, browser: Any, chromium: str, serve: Callable[..., str]
+) -> None:
     """On a GPU of software, which is slow; a Chromium without one leaves this untested."""
     flags = [*SOFTWARE_GPU, "--use-vulkan=swiftshader", *(["--no-sandbox"] if os.getuid() == 0 else [])]
     with_gpu = browser.browser_type.launch(executable_path=chromium, args=flags)
