@@ -52,6 +52,16 @@ def test_what_is_no_picture_is_refused_and_the_old_one_stays(
     assert seen.page.get_attribute("body", "data-state") == "ready"
 
 
+def test_on_a_phone_a_refusal_comes_into_sight(site: Path, look: Looking) -> None:
+    seen = look(site, viewport={"width": 360, "height": 600}, is_mobile=True)
+    seen.wait("ready")
+    seen.page.set_input_files("#file", {"name": "text.png", "mimeType": "image/png", "buffer": b"a text"})
+    seen.page.wait_for_selector("#message:not([hidden])")
+    box = seen.page.locator("#message").bounding_box()
+    assert box is not None
+    assert 0 <= box["y"] <= 600 - box["height"]
+
+
 def test_a_file_too_heavy_is_refused_unread(site: Path, look: Looking, tmp_path: Path) -> None:
     seen = look(site)
     seen.wait("ready")

@@ -237,7 +237,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.bar_label(bars_drawn, labels=[f"{m:,.0f}" for m in medians], padding=4, fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(right=max(medians) * 2.5)
-    axes.set_xlabel("one picture from prompt and mask to pixels, ms (median and quartiles)")
+    figure.supxlabel("one picture from prompt and mask to pixels, ms (median and quartiles)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

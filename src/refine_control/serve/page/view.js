@@ -34,6 +34,7 @@ export function say(message, fault = true) {
   $("message").textContent = message;
   $("message").hidden = !message;
   $("message").classList.toggle("fault", fault);
+  if (message) $("message").scrollIntoView({ block: "nearest" });
 }
 
 export const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`);
