@@ -10,6 +10,7 @@ memory at a time. Writes OUT/bench.json and bench.png. Exports that are in --wor
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,9 @@ def main() -> None:
         num_inference_steps=[int(n) for n in args.num_inference_steps.split(",")], guidance_scale=7.5, data=None,
         repeats=int(args.repeats), warm_up=0, keep_loaded=False,
     )  # fmt: skip
-    print(bench([str(path) for path in (teacher, *pipelines, *exported)], config, args.out))
+    # From here on, so that the results name no folder of this machine.
+    names = [os.path.relpath(path) for path in (teacher, *pipelines, *exported)]
+    print(bench(names, config, args.out))
 
 
 def export(pipeline: Path, out: Path, backend: str, precision: str) -> None:

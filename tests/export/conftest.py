@@ -1,9 +1,11 @@
 """One tiny model, exported once in each form that the tests look at."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from refine_control.diffusion import store
 from refine_control.export import onnx
 from refine_control.export.export import export_model
 from refine_control.export.graph import Graph
+from refine_control.runtime import FORMAT, MANIFEST, MUST_HAVE
 from tiny import tiny_model, write_folder
 
 
@@ -56,3 +59,12 @@ def exported(tiny_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPat
         return written[to, precision]
 
     return export
+
+
+def write_manifest(folder: Path, **known: Any) -> Path:
+    """A folder of an export that has its description, and none of the graphs."""
+    folder.mkdir(parents=True)
+    manifest = {key: kind() for key, kind in MUST_HAVE.items() if not isinstance(kind, dict)}
+    manifest |= {part: {key: kind() for key, kind in MUST_HAVE[part].items()} for part in ("scheduler", "text")}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT} | known), encoding="utf-8")
+    return folder

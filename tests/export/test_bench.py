@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from refine_control.errors import ModelError, UserError
-from refine_control.export.bench import BenchConfig, bench
+from export.conftest import write_manifest
+from refine_control.errors import DataError, ModelError, UserError
+from refine_control.export.bench import BenchConfig, _entries, _told_apart, bench
 from refine_control.export.timing import Entry, Worker
 
 QUICK = BenchConfig(num_inference_steps=(1, 2), repeats=2, num_threads=1, data=None)
@@ -33,6 +34,23 @@ def test_rows_of_every_kind_stand_side_by_side(
     assert psnr[0] == pytest.approx(psnr[1], abs=0.01), "the same pictures, masks and noise"
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert (tmp_path / "bench.md").read_text(encoding="utf-8").startswith("| model")
+
+
+def test_labels_tell_models_apart_and_claim_no_browser(tiny_folder: Path, tmp_path: Path) -> None:
+    one, other = (write_manifest(tmp_path / n, name="tiny", backend="onnx", precision="fp16") for n in ("one", "other"))
+    page = write_manifest(tmp_path / "page", name="tiny", backend="web", precision="fp16")
+    entries = _told_apart([entry for path in (tiny_folder, one, other, page) for entry in _entries(str(path))])
+    assert [entry.label for entry in entries] == [
+        "tiny, diffusers fp32",
+        f"tiny, onnx fp16, {one}",
+        f"tiny, onnx fp16, {other}",
+        "tiny, web graphs in onnxruntime fp16",
+    ]
+
+
+def test_pictures_that_are_not_there_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--data none"):
+        bench([str(tiny_folder)], QUICK.model_copy(update={"data": str(tmp_path / "none")}), tmp_path)
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:

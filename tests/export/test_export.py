@@ -105,6 +105,22 @@ def test_int8_opens_its_data_first(
         export_model(str(tiny_folder), "onnx", "int8", tmp_path / "out", data or str(pictures), images=images)
 
 
+def test_int8_without_pictures_asks_for_them(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give --data"):
+        export_model(str(tiny_folder), "onnx", "int8", tmp_path / "out")
+
+
+def test_what_int8_leaves_in_half_precision_is_held_to_its_bound(
+    tiny_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "graph_error", lambda graph, student: 0.1)
+    with pytest.raises(ModelError, match="text_encoder in fp16 differs"):
+        export_model(str(tiny_folder), "onnx", "int8", tmp_path / "out", str(pictures), calibration_images=1, images=0)
+
+
 def test_a_conversion_that_fails_names_graph_and_precision(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +229,14 @@ def test_known_pixels_stay_and_the_hole_does_not(exported: Exported) -> None:
     filled = student.fill(picture, hole, "a red cat", 4, 2.0, 7)
     np.testing.assert_array_equal(filled[hole == 0], picture[hole == 0])
     assert (filled[hole == 1] != picture[hole == 1]).any()
+
+
+@pytest.mark.parametrize("guidance", [0.5, -3.0, math.inf, math.nan])
+def test_a_guidance_that_guides_nowhere_is_refused(exported: Exported, guidance: float) -> None:
+    with pytest.raises(ExportError, match=f"guidance {guidance}"):
+        Student(exported("onnx", "fp32")).fill(
+            np.zeros((SIDE, SIDE, 3), np.uint8), np.ones((SIDE, SIDE), np.uint8), "", 1, guidance, 0
+        )
 
 
 def test_sampling_agrees_with_torchs_own_fill(exported: Exported, tiny_folder: Path, pictures: Path) -> None:

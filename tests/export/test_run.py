@@ -97,3 +97,19 @@ def test_a_picture_of_too_many_pixels_is_refused(
     big = white(tmp_path / "big.png", (10, 10))
     with pytest.raises(ExportError, match=r"10x10 is more than 99 pixels"):
         run.read_pair(big, big, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"), [("filled", "no ending"), ("filled.xyz", "no ending"), ("no/a.png", "no folder")]
+)
+def test_a_place_that_cannot_be_written_is_refused_first(
+    run: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, reason: str
+) -> None:
+    given = {"--image": "none.png", "--mask": "none.png", "--model": "none", "--out": str(tmp_path / out)}
+    assert run.main([word for pair in given.items() for word in pair]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_where_filled_pictures_go_by_themselves_can_be_written(run: ModuleType, tmp_path: Path) -> None:
+    run.check_writable(Path("filled.png"))
+    run.check_writable(tmp_path / "FILLED.JPG")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from export.conftest import write_manifest
 from refine_control.export.web import LIBRARIES, write_site
-from refine_control.runtime import FORMAT, MANIFEST, MUST_HAVE
 from tiny import write_folder
 
 
@@ -22,14 +22,9 @@ def test_the_libraries_are_those_that_their_list_names() -> None:
     assert found == listed
 
 
-def add_model(site: Path, name: str, size: int, resolution: int = 16) -> None:
-    folder = site / "models" / name
-    folder.mkdir(parents=True)
+def add_model(site: Path, name: str, size: int) -> None:
+    folder = write_manifest(site / "models" / name, resolution=16, files={"weights": size})
     (folder / "weights").write_bytes(b"0" * size)
-    manifest = {key: kind() for key, kind in MUST_HAVE.items() if not isinstance(kind, dict)}
-    manifest |= {part: {key: kind() for key, kind in MUST_HAVE[part].items()} for part in ("scheduler", "text")}
-    manifest |= {"format": FORMAT, "name": "x", "resolution": resolution, "files": {"weights": size}}
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_models_are_listed_by_their_folders_smallest_first_and_broken_ones_left_out(

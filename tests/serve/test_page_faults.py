@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from refine_control.runtime import MANIFEST
 from serve.conftest import MODEL, Look
 
 pytestmark = pytest.mark.slow
@@ -25,11 +29,11 @@ def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "no picture of pixels"),
-        ("text.png", b"a text, whatever its name says", "no picture of pixels"),
+        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "is no PNG"),
+        ("text.png", b"a text, whatever its name says", "is no PNG"),
         ("half.png", png((64, 64))[:60], "cannot be decoded"),
         ("huge.png", png((9000, 8000), "1"), "9000×8000"),
-        ("empty.png", b"", "no picture of pixels"),
+        ("empty.png", b"", "is no PNG"),
     ],
     ids=["drawing", "text", "half", "huge", "empty"],
 )
@@ -46,6 +50,16 @@ def test_what_is_no_picture_is_refused_and_the_old_one_stays(
     assert why in seen.text("#message")
     assert (seen.pixels("#hole") == before).all()
     assert seen.page.get_attribute("body", "data-state") == "ready"
+
+
+def test_on_a_phone_a_refusal_comes_into_sight(site: Path, look: Looking) -> None:
+    seen = look(site, viewport={"width": 360, "height": 600}, is_mobile=True)
+    seen.wait("ready")
+    seen.page.set_input_files("#file", {"name": "text.png", "mimeType": "image/png", "buffer": b"a text"})
+    seen.page.wait_for_selector("#message:not([hidden])")
+    box = seen.page.locator("#message").bounding_box()
+    assert box is not None
+    assert 0 <= box["y"] <= 600 - box["height"]
 
 
 def test_a_file_too_heavy_is_refused_unread(site: Path, look: Looking, tmp_path: Path) -> None:
@@ -106,3 +120,100 @@ def test_where_webgpu_fails_webassembly_goes_on(site: Path, look: Looking) -> No
 def test_without_javascript_it_says_what_it_needs(site: Path, look: Looking) -> None:
     seen = look(site, java_script_enabled=False)
     assert seen.page.locator("noscript p").is_visible()
+
+
+def change_manifest(site: Path, model: str, **change: object) -> None:
+    path = site / "models" / model / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) | change
+    path.unlink()
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_a_model_worth_a_gpu_says_that_there_is_none(copy_of_site: Path, look: Looking) -> None:
+    change_manifest(copy_of_site, "twin", macs=2_000_000_000)
+    seen = look(copy_of_site)
+    seen.wait("ready")
+    seen.page.locator("#models label").nth(1).click()
+    seen.until(lambda: "twin runs on WebAssembly" in seen.text("#runs"))
+    small, large = seen.text("#runs").split("twin")
+    assert "no WebGPU" in large
+    assert "WebGPU" not in small
+    assert seen.page.locator("#engine [value=webgpu]").is_disabled()
+
+
+ROOM_FOR_ONE = """
+import { openGraphs as open } from "./engine-itself.js";
+export { BINARIES } from "./engine-itself.js";
+const room = () => new Promise((got, none) => {
+    const hold = () => (got(), new Promise(() => {}));  // for as long as its worker lives
+    navigator.locks.request("memory", { signal: AbortSignal.timeout(1000) }, hold).catch(none);
+});
+export async function openGraphs(...given) {
+    await room().catch(() => { throw new RangeError("Array buffer allocation failed"); });
+    return open(...given);
+}
+"""
+ROOM_FOR_NONE = """
+export { BINARIES } from "./engine-itself.js";
+export const openGraphs = () => { throw new RangeError("Array buffer allocation failed"); };
+"""
+
+
+def give_memory(site: Path, engine: str) -> None:
+    (site / "engine.js").rename(site / "engine-itself.js")
+    (site / "engine.js").write_text(engine, encoding="utf-8")
+
+
+def test_where_memory_is_short_the_other_models_give_theirs(copy_of_site: Path, look: Looking) -> None:
+    give_memory(copy_of_site, ROOM_FOR_ONE)
+    seen = look(copy_of_site)
+    seen.wait("ready")
+    for number, closed in ((1, MODEL), (0, "twin")):
+        seen.page.locator("#models label").nth(number).click()
+        seen.until(lambda closed=closed: f"so {closed} was closed" in seen.text("#message"))
+        seen.wait("ready")
+        seen.fill()
+
+
+def test_where_no_memory_is_left_it_says_so_and_can_be_asked_again(copy_of_site: Path, look: Looking) -> None:
+    give_memory(copy_of_site, ROOM_FOR_NONE)
+    seen = look(copy_of_site, cores=4)
+    for _ in range(2):
+        seen.wait("error")
+        assert f"not enough memory to run “{MODEL}”" in seen.text("#message")
+        seen.page.evaluate("document.body.dataset.state = 'asked'")
+        seen.page.click("#fill")
+
+
+def test_opened_as_a_file_it_says_what_it_needs(site: Path, look: Looking) -> None:
+    seen = look(site)
+    seen.page.goto((site / "index.html").as_uri())
+    assert "needs a web server" in seen.text("#status")
+
+
+SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
+
+
+def test_webgpu_draws_what_webassembly_draws(
+    site: Path, browser: Any, chromium: str, serve: Callable[..., str]
+) -> None:
+    """On a GPU of software, which is slow; a Chromium without one leaves this untested."""
+    flags = [*SOFTWARE_GPU, "--use-vulkan=swiftshader", *(["--no-sandbox"] if os.getuid() == 0 else [])]
+    with_gpu = browser.browser_type.launch(executable_path=chromium, args=flags)
+    try:
+        seen = Look(with_gpu.new_page(), serve(site), None)
+        seen.wait("ready")
+        if not seen.page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
+            pytest.skip("this Chromium has no software GPU")
+        seen.page.fill("#steps", "1")
+        expected = seen.fill()
+        seen.page.select_option("#engine", "webgpu")
+        seen.until(lambda: f"{MODEL} runs on WebGPU." in seen.text("#runs"))
+        seen.page.click("#fill")
+        seen.wait("busy")
+        seen.wait("done")
+        assert f"{MODEL} runs on WebGPU." in seen.text("#runs"), "it went through, and did not fall back"
+        assert np.abs(seen.pixels("#results canvas").astype(int) - expected).max() <= 2
+        assert seen.complaints == []
+    finally:
+        with_gpu.close()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from refine_control import runtime
 from refine_control.data.source import open_usable
 from refine_control.diffusion.store import load, resolve
-from refine_control.errors import ModelError, UserError
+from refine_control.errors import DataError, ModelError, UserError
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.saved import machine
 from refine_control.evaluate.score import Reference
@@ -58,9 +58,12 @@ def bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
 
 
 def _bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
-    entries = [entry for name in names for entry in _entries(name)]
+    entries = _told_apart([entry for name in names for entry in _entries(name)])
     if config.data is not None:
-        open_usable(config.data, "test", skip_corrupt=True)  # a mistake there should not cost the measurement
+        try:
+            open_usable(config.data, "test", skip_corrupt=True)  # a mistake there should not cost the measurement
+        except DataError as error:
+            raise DataError(f"{error}; or --data none, which scores nothing") from None
     rows = _measure(entries, config)
     for row, entry in zip(rows, entries, strict=True):
         row.update(_size(entry))
@@ -92,11 +95,19 @@ def _entries(name: str) -> list[Entry]:
     if (folder / runtime.MANIFEST).is_file():
         manifest = runtime.read_manifest(folder)
         backend, precision = manifest["backend"], manifest["precision"]
-        return [Entry(f"{manifest['name']}, {backend} {precision}", name, backend, precision)]
+        by = "web graphs in onnxruntime" if backend == "web" else backend  # no browser is measured here
+        return [Entry(f"{manifest['name']}, {by} {precision}", name, backend, precision)]
     if not (name.startswith("zoo:") or "/" in name or folder.is_dir()):
         raise UserError(f"'{name}' is neither an exported folder nor a saved pipeline")
     resolve(name)
-    return [Entry(f"{name.removeprefix('zoo:')}, diffusers fp32", name, "torch", "fp32")]
+    called = folder.resolve().name if folder.is_dir() else name.removeprefix("zoo:")
+    return [Entry(f"{called}, diffusers fp32", name, "torch", "fp32")]
+
+
+def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
+    """With the folder in the label of those that have one label."""
+    labels = [entry.label for entry in entries]
+    return [e._replace(label=f"{e.label}, {e.source}") if labels.count(e.label) > 1 else e for e in entries]
 
 
 def _measure(entries: Sequence[Entry], config: BenchConfig) -> list[dict[str, Any]]:
@@ -221,11 +232,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     medians = [taken["median"] for _, taken in bars]
     errors = [[t["median"] - t["low"] for _, t in bars], [t["high"] - t["median"] for _, t in bars]]
-    bars_drawn = axes.barh([label for label, _ in bars], medians, xerr=errors, color="#4f6d8f", ecolor="#1d2733")
+    bars_drawn = axes.barh(range(len(bars)), medians, xerr=errors, color="#4f6d8f", ecolor="#1d2733")
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.bar_label(bars_drawn, labels=[f"{m:,.0f}" for m in medians], padding=4, fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(right=max(medians) * 2.5)
-    axes.set_xlabel("one picture from prompt and mask to pixels, ms (median and quartiles)")
+    figure.supxlabel("one picture from prompt and mask to pixels, ms (median and quartiles)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -43,6 +43,10 @@ class Int8(NamedTuple):
     def open(cls, data: str, calibration_images: int, images: int, resolution: int) -> Int8:
         if images == 1:
             raise UserError("--images 1 is too few to score on; give 0 or at least 2")
+        if data == DATA and not Path(data).is_dir():
+            raise UserError(
+                f"int8 is calibrated with pictures, and '{DATA}' is not here; give --data, a folder of yours"
+            )
         scored = parity.open_heldout(data, "test", images, resolution) if images else None
         return cls(data, parity.open_heldout(data, "train", calibration_images, resolution), scored)
 
@@ -122,21 +126,20 @@ def _write(
     precision, suffix = manifest["precision"], ".xml" if manifest["backend"] == "openvino" else ".onnx"
     exact = runtime.Student(whole)
     feeds: dict[str, list[Feed]] = parity.calibration_feeds(exact, int8.calibration, sample) if int8 else {}
+    kept = {name: precision if name in QUANTIZED or precision != "int8" else "fp16" for name in graphs}
     for name in tqdm(graphs, desc=precision, unit="graph"):
-        kept = precision if name in QUANTIZED or precision != "int8" else "fp16"
         try:
-            _writer(suffix, kept, feeds.get(name, []))(whole / f"{name}.onnx", folder / f"{name}{suffix}")
+            _writer(suffix, kept[name], feeds.get(name, []))(whole / f"{name}.onnx", folder / f"{name}{suffix}")
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:  # of the converters' insides
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"its {name} cannot be written as {kept}{suffix}: {reason}") from None
+            raise ModelError(f"its {name} cannot be written as {kept[name]}{suffix}: {reason}") from None
     manifest = _finish(folder, model, manifest, suffix, graphs)
     student = runtime.Student(folder)
     errors = {name: parity.graph_error(graph, student) for name, graph in graphs.items()}
     manifest["parity"] = {"what": "largest difference from torch / max(1, largest number)", **errors}
-    bound = parity.BOUNDS[precision]
     for name, off in errors.items():
-        if not off <= bound:  # of nan too
-            raise ModelError(f"its {name} in {precision} differs from torch by {off:.1e}, more than {bound:.0e}")
+        if not off <= (bound := parity.BOUNDS[kept[name]]):  # of nan too
+            raise ModelError(f"its {name} in {kept[name]} differs from torch by {off:.1e}, more than {bound:.0e}")
     if int8 and int8.scored:
         reference = parity.reference_of(int8.scored)
         before, after = (reference.score(parity.draw(s, int8.scored, sample)) for s in (exact, student))

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the exported folder")
     args = parser.parse_args(argv)
     try:
+        check_writable(args.out)
         student = Student(args.model)
         picture, hole = read_pair(args.image, args.mask, student.side)
         prompt = args.prompt.encode(errors="replace").decode()
@@ -42,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"wrote {args.out}, {student.side}x{student.side}")
     return 0
+
+
+def check_writable(out: Path) -> None:
+    """Before minutes are spent on drawing.
+
+    Raises:
+        ExportError: no picture can be written there.
+    """
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ExportError(f"'{out}' has no ending of a kind of picture; give --out one, as in filled.png")
+    if not out.parent.is_dir():
+        raise ExportError(f"'{out.parent}' is no folder to write to; make it first, or give another --out")
 
 
 def read_pair(image: Path, mask: Path, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ async function start() {
   if (shown.length) await takeExample(shown[0]);
   await choose(chosen);
   if (faults.length) say(faults.map(({ message }) => message).join(" "));
-  $("engine").querySelector('[value="webgpu"]').disabled = !(await hasGpu());
+  if (!(await hasGpu())) Object.assign($("engine").querySelector('[value="webgpu"]'), { disabled: true, text: "WebGPU: not here" });
 }
 
 /** What `make` makes of each, without those that fail; their errors are added to `faults`. */
@@ -141,6 +141,7 @@ async function fill() {
   const frames = listResults(asked, side);
   const grey = new Float32Array(3 * side * side);
   for (const frame of frames) frame.draw(paste(grey, request.picture, request.hole));
+  $("results").firstElementChild.scrollIntoView({ block: "nearest" }); // on a phone it is below what is seen
   for (const [i, model] of asked.entries()) {
     await open(model);
     if (!stopped) await fillWith(model, request, frames[i]);

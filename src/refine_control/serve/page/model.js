@@ -8,6 +8,7 @@ const FORMAT = 1;
 const MOST_THREADS = 4; // and at most every other core: threads wait by spinning, and on busy cores that costs more
 const WORTH_A_GPU = 1e9; // multiplications a step; below, sending the work takes longer than doing it
 const binaries = new Map(); // engine -> Promise of its Blob, shared by all models
+const opened = new Set(); // models that have a worker, and so memory
 
 let adapter;
 /** Whether there is a GPU that this page may use. */
@@ -15,10 +16,11 @@ export const hasGpu = () => (adapter ??= Promise.resolve(navigator.gpu?.requestA
 
 /** The ways of running a model, best first. wanted: "auto", "wasm" or "webgpu". */
 export async function rungsFor(wanted, macs) {
-  const gpu = wanted === "webgpu" || (wanted === "auto" && macs >= WORTH_A_GPU && (await hasGpu()));
+  const worthOne = wanted === "auto" && macs >= WORTH_A_GPU;
+  const gpu = wanted === "webgpu" || (worthOne && (await hasGpu()));
   const threads = self.crossOriginIsolated ? Math.min(Math.ceil(navigator.hardwareConcurrency / 2) || 1, MOST_THREADS) : 1;
   const counts = threads > 1 ? [threads, 1] : [1];
-  const rungs = counts.map((count) => ({ engine: "wasm", threads: count }));
+  const rungs = counts.map((count) => ({ engine: "wasm", threads: count, lacksGpu: worthOne && !gpu }));
   return gpu ? [{ engine: "webgpu", threads: 1 }, ...rungs] : rungs;
 }
 
@@ -97,6 +99,7 @@ export class Model {
   close() {
     this.#worker?.terminate();
     this.#worker = this.#rungs = null;
+    opened.delete(this);
   }
 
   #fetch(onProgress) {
@@ -121,6 +124,7 @@ export class Model {
     const graphs = {};
     for (const [name, { file }] of Object.entries(this.manifest.graphs)) if (files[file]) graphs[name] = files[file];
     this.#worker = new Worker("worker.js", { type: "module" });
+    opened.add(this);
     const tokenizer = files[this.manifest.text.tokenizers[0]];
     await this.#ask({ kind: "load", manifest: this.manifest, tokenizer, graphs, rung, binary });
   }
@@ -141,14 +145,19 @@ export class Model {
     });
   }
 
-  /** One rung down; where there is none, the error in the reader's words. */
+  /** Where memory is short the other models give theirs; else one rung down; where there is none, the error in words. */
   #lower(error, tell) {
     if (error instanceof Fault) throw error;
-    const [failed, ...rest] = this.#rungs;
+    const rungs = this.#rungs;
     this.close();
-    if (!rest.length) throw new Fault(readable(error, this.name));
-    this.#rungs = rest;
-    tell.lowered(`${describe(failed)} failed (${error.message.slice(0, 120)})`, rest[0]);
+    const others = isOfMemory(error) ? [...opened] : [];
+    for (const other of others) other.close();
+    const left = others.length ? rungs : rungs.slice(1);
+    if (!left.length) throw new Fault(readable(error, this.name));
+    this.#rungs = left;
+    const closed = others.map(({ name }) => name).join(", ");
+    const why = closed ? `Memory was short, so ${closed} was closed` : `${describe(rungs[0])} failed (${error.message.slice(0, 120)})`;
+    tell.lowered(why, left[0]);
   }
 }
 
@@ -158,9 +167,11 @@ export function describe({ engine, threads }) {
   return `WebAssembly, ${threads === 1 ? "one thread" : `${threads} threads`}`;
 }
 
+const isOfMemory = ({ message }) => /memory|alloc|RangeError|out of bounds/i.test(message);
+
 function readable(error, name) {
   const message = error.message.slice(0, 300);
-  if (/memory|alloc|RangeError|out of bounds/i.test(message)) {
+  if (isOfMemory(error)) {
     return `There is not enough memory to run “${name}” here (${message}). Close other tabs, or choose a smaller model.`;
   }
   return `“${name}” does not run here: ${message}`;

@@ -18,7 +18,7 @@ const RASTER = [/^\x89PNG\r\n\x1a\n/, /^\xff\xd8\xff/, /^GIF8/, /^RIFF[^]{4}WEBP
 export async function readPicture(blob, side, name = "this picture") {
   if (blob.size > MOST_BYTES) throw new Fault(`${name} has ${megabytes(blob.size)} MB, more than ${megabytes(MOST_BYTES)}.`);
   const head = String.fromCharCode(...new Uint8Array(await blob.slice(0, 16).arrayBuffer()));
-  if (!RASTER.some((kind) => kind.test(head))) throw new Fault(`${name} is no picture of pixels. Choose a ${KINDS} file.`);
+  if (!RASTER.some((kind) => kind.test(head))) throw new Fault(`${name} is no ${KINDS} file, and this page reads no other.`);
   await refuseHuge(blob, name);
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => {
     throw new Fault(`${name} cannot be decoded. Is the file whole?`);

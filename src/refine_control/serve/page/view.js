@@ -34,6 +34,7 @@ export function say(message, fault = true) {
   $("message").textContent = message;
   $("message").hidden = !message;
   $("message").classList.toggle("fault", fault);
+  if (message) $("message").scrollIntoView({ block: "nearest" });
 }
 
 export const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`);
@@ -68,11 +69,16 @@ export function tellEngine(models) {
   $("runs").textContent = lines.join(" ");
 }
 
-function whyNotFaster({ engine, threads }) {
-  if (engine !== "wasm" || threads > 1) return "";
-  if (!self.isSecureContext) return ": threads need https, or a page of this machine (localhost)";
-  if (!self.crossOriginIsolated) return ": the server does not isolate this page (COOP and COEP headers), and threads need that";
-  return navigator.hardwareConcurrency === 2 ? ": the second of two cores is left to the rest of the device" : "";
+function whyNotFaster({ engine, threads, lacksGpu }) {
+  if (engine !== "wasm") return "";
+  const reasons = [lacksGpu && "this browser offers no WebGPU", threads === 1 && whyOneThread()].filter(Boolean);
+  return reasons.length ? `: ${reasons.join("; ")}` : "";
+}
+
+function whyOneThread() {
+  if (!self.isSecureContext) return "threads need https, or a page of this machine (localhost)";
+  if (!self.crossOriginIsolated) return "the server does not isolate this page (COOP and COEP headers), and threads need that";
+  return navigator.hardwareConcurrency === 2 && "the second of two cores is left to the rest of the device";
 }
 
 /** A frame for each model's result: [{ draw(pixels), tell(words), allow() }]. */
