@@ -224,24 +224,25 @@ def test_any_metadata_is_read_or_refused_line_by_line(tmp_path: Path, count: int
     assert seen["read_lines"] > seen["folders"]
 
 
-EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8)
+EDITS = st.lists(st.tuples(st.integers(0, 10_239), st.integers(0, 255)), max_size=4)
+CUTS = st.just(0) | st.integers(0, 10_240)  # bytes off the end
 GOOD = [data for data, _ in READ.values()] + [saved(plain(), kind) for kind in ("BMP", "TIFF", "GIF")]
 GOOD += [saved(Image.effect_noise((40, 30), 99), kind) for kind in ("PNG", "JPEG", "WEBP", "TIFF")]
 
 
-@sample_or(long=3500, sample=200)
+@sample_or(long=4500, sample=200)
 def test_any_bytes_are_a_picture_or_refused(count: int, tally: Callable[..., None]) -> None:
     """Pictures with bytes changed or cut off; little memory is taken, whatever the header asks for."""
     seen: Counter[str] = Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @drawn(count)
-    @given(st.sampled_from(GOOD), EDITS, st.floats(0, 1) | st.just(1.0))
-    def holds(data: bytes, edits: list[tuple[float, int]], kept: float) -> None:
+    @given(st.sampled_from(GOOD), EDITS, CUTS)
+    def holds(data: bytes, edits: list[tuple[int, int]], cut: int) -> None:
         changed = bytearray(data)
         for place, value in edits:
-            changed[int(place**3 * (len(changed) - 1))] = value  # mostly in the header
-        source = bytes(changed[: int(kept * len(changed))])
+            changed[place % len(changed)] = value
+        source = bytes(changed[: max(0, len(changed) - cut)])
         for read, shape in ((read_image, 3), (read_mask, 2)):
             array, told = None, "some.png: "
             try:
@@ -255,8 +256,8 @@ def test_any_bytes_are_a_picture_or_refused(count: int, tally: Callable[..., Non
 
     holds()
     tally("pictures of any bytes", **seen)
-    assert seen["refused"]
-    assert seen["read"]
+    assert seen["refused"] > count / 4
+    assert seen["read"] > count / 4
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"
 
 
@@ -280,12 +281,12 @@ def test_any_shard_is_read_or_refused_member_by_member(tmp_path: Path, count: in
     seen: Counter[str] = Counter()
 
     @drawn(count)
-    @given(EDITS, st.just(1.0) | st.floats(0, 1))
-    def holds(edits: list[tuple[float, int]], kept: float) -> None:
+    @given(EDITS, CUTS)
+    def holds(edits: list[tuple[int, int]], cut: int) -> None:
         changed = bytearray(whole)
         for place, value in edits:
-            changed[int(place * 5119)] = value
-        (tmp_path / "train-0.tar").write_bytes(mended(bytes(changed))[: int(kept * len(whole))])
+            changed[place] = value
+        (tmp_path / "train-0.tar").write_bytes(mended(bytes(changed))[: len(whole) - cut])
         dataset = open_dataset(tmp_path, lenient=True)
         broken = dict(check(dataset))
         assert "good" in set(dataset.keys())

@@ -60,23 +60,24 @@ def killed_at_random(make: Callable[[Path], Killer], root: Path, wanted: int, se
     while after.total() < wanted:  # a run that ends early is begun anew
         out = root / f"killed-{runs}"
         killed = make(out)
-        killed.until_done(wanted - after.total(), 0.8 * taken, seed + runs, out)
+        killed.until_done(wanted - after.total(), 0.6 * taken, seed + runs, out)
         assert differences(outcome(root / "whole"), outcome(out)) == []
         after.update(killed.kills)
         runs += 1
     return {"kills": after.total(), "runs": runs, "newest_file_at_the_kill": dict(sorted(after.items()))}
 
 
-def counts(sample: int, long: int) -> pytest.MarkDecorator:
-    marks = [pytest.mark.long, pytest.mark.timeout(3000)]
-    return pytest.mark.parametrize(
-        "wanted", [pytest.param(sample, marks=pytest.mark.slow), pytest.param(long, marks=marks)]
-    )
+SLOW, LONG = pytest.mark.slow, [pytest.mark.long, pytest.mark.timeout(3000)]
 
 
-@counts(sample=2, long=20)
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("workers", "cached", "wanted"),
+    [
+        pytest.param(0, False, 2, marks=SLOW),
+        pytest.param(2, True, 2, marks=SLOW),
+        *(pytest.param(workers, cached, 20, marks=LONG) for workers in (0, 2) for cached in (False, True)),
+    ],
+)
 def test_killed_at_random_it_ends_where_an_uninterrupted_run_ends(
     recipe: Path, tmp_path: Path, workers: int, cached: bool, wanted: int, tally: Callable[..., None]
 ) -> None:
@@ -90,7 +91,7 @@ def test_killed_at_random_it_ends_where_an_uninterrupted_run_ends(
     tally(f"killed at random, {workers} workers{', caches on disk' * cached}", **found)
 
 
-@counts(sample=1, long=20)
+@pytest.mark.parametrize("wanted", [pytest.param(1, marks=SLOW), pytest.param(20, marks=LONG)])
 def test_two_processes_killed_at_random(recipe: Path, tmp_path: Path, wanted: int, tally: Callable[..., None]) -> None:
     found = killed_at_random(lambda out: distill(recipe, out, ranks=2), tmp_path, wanted, seed=7)
     tally("killed at random, two processes", **found)

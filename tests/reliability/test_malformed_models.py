@@ -20,7 +20,7 @@ from reliability.faults import verdict
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-LONG = 4000
+LONG = 3000
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 3, 10**6, 2**31, 2**63, 10**30, 1e308, -0.5, "", "x", "x" * 5000, "../..", "__import__('os')",
     [], [0], [1] * 50, [[[[]]]], [10**9, 10**9], {}, {"_class_name": "Evil"}, "conv", "nan",
