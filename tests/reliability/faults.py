@@ -13,9 +13,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from refine_control.errors import UserError
 # inherit the locks of torch's threads, and not the threads.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["refine_control.evaluate.compare", "refine_control.cli", "diffusers", "tiny"])
+
+Fault = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Killer:
     ranks: int = 1
     kills: list[str] = field(default_factory=list)
 
-    def start(self, fault: Callable[[], None] | None = None) -> list[ForkServerProcess]:
-        """fault: called in each process before the command."""
+    def start(self, fault: Fault | None = None) -> list[ForkServerProcess]:
+        """fault: what each process runs in."""
         teams = _teams(self.ranks)
         children = [SERVER.Process(target=_run, args=(self.command, self.log, team, fault)) for team in teams]
         for child in children:
@@ -54,7 +56,7 @@ class Killer:
         self,
         kill_after: float = 600,
         kill_when: Callable[[], bool] = lambda: False,
-        fault: Callable[[], None] | None = None,
+        fault: Fault | None = None,
     ) -> int:
         """The exit code, negative for a signal. Killed after some seconds, or when something has come true."""
         children = self.start(fault)
@@ -98,7 +100,7 @@ def _teams(ranks: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _run(command: list[str], log: Path, team: dict[str, str], fault: Callable[[], None] | None) -> None:
+def _run(command: list[str], log: Path, team: dict[str, str], fault: Fault | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -106,27 +108,32 @@ def _run(command: list[str], log: Path, team: dict[str, str], fault: Callable[[]
     os.environ.update(team)
     from refine_control.cli import main
 
-    if fault:
-        fault()
-    code = main(command)
+    with fault() if fault else nullcontext():
+        code = main(command)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _no_file_beyond(size: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what a write then meets is what it meets on a full disk, but for its
+    number."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def full_disk(size: int) -> Callable[[], None]:
-    """A fault: what a write beyond `size` bytes of a file meets is what it meets on a full disk, but for its number."""
-    return partial(_no_file_beyond, size)
-
-
-def no_privileges() -> None:
-    """A fault: permissions hold, for root too (Linux's capabilities are given up)."""
+@contextmanager
+def no_privileges() -> Iterator[None]:
+    """Permissions hold, for root too: Linux's capabilities are given up, for as long as the process lives."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
+    yield
 
 
 def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, seconds: int = 20) -> str:

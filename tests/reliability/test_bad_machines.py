@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def modes(folder: Path, file: int, directory: int) -> None:
 def test_a_full_disk(recipe: Path, whole: Path, tmp_path: Path) -> None:
     killer = begun(recipe, tmp_path / "run")
     before = last_step(tmp_path / "run")
-    assert killer.run(fault=full_disk(20_000)) == 2, killer.told()
+    assert killer.run(fault=partial(full_disk, 20_000)) == 2, killer.told()
     (line,) = lines_of(killer)
     assert "File too large" in line
     assert "make room" in line

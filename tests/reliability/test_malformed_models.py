@@ -124,3 +124,30 @@ def test_malformed_folders_are_refused_in_one_line(
     tally("malformed model folders", **counts)
     assert not wrong, "\n".join(wrong)
     assert counts["refused"] > count / 4
+
+
+CODE = (
+    "from pathlib import Path\nPath({0!r}).touch()\nclass Evil:\n    from_pretrained = from_config = __init__ = None\n"
+)
+AUTO = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "custom_pipeline": "evil"}
+PLACES: list[tuple[str, dict[str, Any]]] = [
+    ("model_index.json", {"_class_name": ["evil", "Evil"]}),
+    ("model_index.json", {"unet": ["evil", "Evil"]}),
+    ("model_index.json", {"vae": ["os", "system"]}),
+    ("model_index.json", AUTO),
+    *((f"{part}/config.json", AUTO) for part in ("unet", "vae", "text_encoder", "controlnet")),
+    ("tokenizer/tokenizer_config.json", AUTO | {"tokenizer_class": "Evil"}),
+    ("scheduler/scheduler_config.json", {"_class_name": "Evil"} | AUTO),
+]
+
+
+@pytest.mark.parametrize(("place", "change"), PLACES, ids=[f"{place}-{i}" for i, (place, _) in enumerate(PLACES)])
+def test_code_beside_a_config_is_not_run(folder: Path, tmp_path: Path, place: str, change: dict[str, Any]) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    for beside in {spoilt, (spoilt / place).parent, *(path for path in spoilt.iterdir() if path.is_dir())}:
+        (beside / "evil.py").write_text(CODE.format(str(tmp_path / "it ran")), encoding="utf-8")
+        (beside / "pipeline.py").write_text(CODE.format(str(tmp_path / "it ran")), encoding="utf-8")
+    config = json.loads((spoilt / place).read_text(encoding="utf-8"))
+    (spoilt / place).write_text(json.dumps(config | change), encoding="utf-8")
+    assert verdict(lambda: store.load(str(spoilt)), str(spoilt)) in ("read", "refused")
+    assert not (tmp_path / "it ran").exists()
