@@ -52,6 +52,7 @@ def main() -> None:
 
 
 def measure(recipe: DistilRecipe) -> dict:
+    """On the disk that the recipe's runs are on."""
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
     student, bridges = distiller.fresh_student(recipe)
     stage, saves = recipe.stage1, []
@@ -64,7 +65,9 @@ def measure(recipe: DistilRecipe) -> dict:
 
     objective = Timed(Distillation(student, distiller.teacher, bridges, distiller.encoder, stage))
     loader = distiller.loader(recipe, stage, "benchmark")
-    with tempfile.TemporaryDirectory(dir=".") as name, mock.patch.object(Learner, "save", timed_save):
+    beside = Path(recipe.output_dir).parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside) as name, mock.patch.object(Learner, "save", timed_save):
         train(Path(name), objective, stage.weights.model_dump(), loader, stage, recipe.run)
         assert objective.began is not None
         seconds = time.perf_counter() - objective.began

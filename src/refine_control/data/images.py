@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from refine_control.errors import DataError
 MAX_PIXELS = 64_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and some of those start other programs
+OPENING = threading.Lock()  # what is done with warnings, is done for all threads
 FitMode = Literal["crop", "pad"]
 
 
@@ -118,7 +120,7 @@ def _read_bytes(path: Path, label: str, most: int) -> bytes:
 
 def _open(data: bytes) -> Image.Image:
     """Read the header only. PIL warns of large pictures, its own limit in mind; `max_pixels` is ours."""
-    with warnings.catch_warnings():
+    with OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
