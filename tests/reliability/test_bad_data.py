@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import struct
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -93,6 +94,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such files")
 def test_every_kind_is_read_right_or_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a plain folder, by `data check`; nothing it prints can move the terminal's cursor."""
     (tmp_path / "secret.png").write_bytes(saved(plain()))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from refine_control.diffusion import store
+from refine_control.errors import ModelError
 from reliability.faults import verdict
 from tiny import tiny_model
 
@@ -124,6 +125,17 @@ def test_malformed_folders_are_refused_in_one_line(
     tally("malformed model folders", **counts)
     assert not wrong, "\n".join(wrong)
     assert counts["refused"] > count / 4
+
+
+def test_a_header_longer_than_any_models_is_not_parsed(folder: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    path = spoilt / "unet/diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = content[8 : 8 + length].ljust(40_000_000)  # as whole as it was
+    path.write_bytes(len(longer).to_bytes(8, "little") + longer + content[8 + length :])
+    with pytest.raises(ModelError, match="has a header of 40000000 bytes, more than any model"):
+        store.load(str(spoilt))
 
 
 CODE = (
