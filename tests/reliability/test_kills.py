@@ -60,7 +60,7 @@ def killed_at_random(make: Callable[[Path], Killer], root: Path, wanted: int, se
     while after.total() < wanted:  # a run that ends early is begun anew
         out = root / f"killed-{runs}"
         killed = make(out)
-        killed.until_done(wanted - after.total(), 0.6 * taken, seed + runs, out)
+        killed.until_done(wanted - after.total(), 0.4 * taken, seed + runs, out)
         assert differences(outcome(root / "whole"), outcome(out)) == []
         after.update(killed.kills)
         runs += 1
