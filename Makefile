@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-long lint format clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone, so that nothing else decides which build it is. On Linux the build of the package index brings
@@ -25,6 +25,11 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Kills and bad inputs by the thousand, some twenty minutes on two cores. Each test keeps its counts when it ends.
+test-long: .venv/ready
+	$(BIN)/python -m pytest -m long
+	cat results/reliability.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,7 +1,11 @@
 """One thread and no network for every test: results do not depend on the machine's cores, nor on what it can reach.
 Here, and only here, shapes in hints are checked at every call."""
 
+import json
 import os
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands before every other import
 
@@ -17,6 +21,7 @@ from refine_control.diffusion.model import Model
 from tiny import tiny_model
 
 torch.set_num_threads(1)
+TALLY = Path(__file__).parent.parent / "results" / "reliability.json"
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +30,16 @@ def teacher() -> Model:
     return tiny_model().freeze()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the counts of make test-long, not a sample of them")
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Prints what a test of reliability counted. What a long one counted is kept in results/reliability.json."""
+    began = time.monotonic()
+
+    def keep(name: str, **counts: object) -> None:
+        counts["seconds"] = round(time.monotonic() - began)
+        print(json.dumps({name: counts}))
+        if request.node.get_closest_marker("long"):
+            kept = json.loads(TALLY.read_text(encoding="utf-8")) if TALLY.is_file() else {}
+            TALLY.write_text(json.dumps(kept | {name: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    return keep

@@ -36,3 +36,25 @@ def test_a_step_against_its_floor(tmp_path: Path) -> None:
     assert result["step_over_floor"]["low"] <= result["step_over_floor"]["median"] <= result["step_over_floor"]["high"]
     assert 0 <= result["share_waiting_for_data"] < 1
     assert result["peak_memory_gb"] > 0
+
+
+def test_checkpoints_against_steps(tmp_path: Path) -> None:
+    store.save(tiny_model(), tmp_path / "teacher")
+    recipe = DistilRecipe(
+        output_dir=str(tmp_path / "run"),
+        teacher=str(tmp_path / "teacher"),
+        data=DATA.model_copy(update={"labelled": str(write_folder(tmp_path / "labelled", 5))}),
+        student=STUDENT,
+        stage1=stage(6),
+        stage2=stage(0),
+        run=RUN.model_copy(update={"checkpoint_every": 2}),
+    )
+    result = benchmark("checkpoint").measure(recipe)
+    assert result["saves"] == 3
+    assert result["added"] > 0
+    assert result["checkpoint_bytes"] > 100_000
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_pictures_checked_a_second() -> None:
+    assert benchmark("check").rate(64, "png", 8) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,15 @@ def test_a_full_disk_ends_in_one_line(
     line = refused(capsys, "distill", str(workplace / "recipe.yaml"), "--output_dir", str(tmp_path))
     assert "No space left" in line
     assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_outside_of_training_ends_with_its_code_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    monkeypatch.setattr("refine_control.data.source.check", lambda _: signal.raise_signal(number))
+    assert main(["data", "check", str(workplace / "plain")]) == code
+    assert "the same command goes on where this one was" in capsys.readouterr().err
 
 
 def test_a_run_of_another_recipe_is_not_overwritten(

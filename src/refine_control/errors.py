@@ -1,8 +1,19 @@
 """What a user can do wrong, named. Every message states the bad value and the mend."""
 
 
+def printable(text: str) -> str:
+    """Escapes what is not: an end of line, a command to the terminal, half a character."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave us; the command line prints it in one line and exits with 2."""
+    """A mistake in what the user gave us; the command line prints it in one line and exits with 2.
+
+    Names of strangers' files stand in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Interrupted(BaseException):

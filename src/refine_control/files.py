@@ -59,6 +59,11 @@ def hold(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sync(path: Path) -> None:
     """Waits until a file or a folder's list of names is on the disk. Where folders cannot be synced, they are not."""
     try:

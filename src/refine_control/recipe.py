@@ -26,6 +26,7 @@ from refine_control.errors import RecipeError
 from refine_control.files import write_whole
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
 
+FORMAT = 1  # of a recipe; one that does not say, as those written by hand, is of this one
 ControlKind = Literal["inpaint", "edges", "grey", "file"]  # see data/controls.py
 
 
@@ -209,6 +210,9 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
+    found = tree.pop("format", FORMAT)
+    if found != FORMAT:
+        raise RecipeError(f"recipe '{path}' is of format {found!r}, not {FORMAT}; use the refine-control it is of")
     for key, value in overrides.items():
         _override(tree, key, value)
     return tree
@@ -233,7 +237,7 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
 
 
 def save(config: Config, path: Path) -> None:
-    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_whole(path, yaml.safe_dump({"format": FORMAT, **config.model_dump(mode="json")}, sort_keys=False))
 
 
 def learnt(config: Config) -> dict[str, Any]:

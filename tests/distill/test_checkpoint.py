@@ -3,8 +3,6 @@
 import itertools
 import json
 import pkgutil
-import resource
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 
 from refine_control.distill import checkpoint
 from refine_control.errors import DataError
+from reliability.faults import full_disk
 
 
 def some_state(seed: int, width: int = 3) -> checkpoint.State:
@@ -93,19 +92,6 @@ def test_what_is_not_whole_is_not_seen(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000004", "a leftover does not stand in the way"
 
 
-@contextmanager
-def small_disk() -> Iterator[None]:
-    """No file may grow beyond 4 kB: what a write then meets is what it meets on a full disk, but for its number."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def failing_save(folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         checkpoint.save(folder, 4, some_state(1, width=5000))
@@ -137,7 +123,7 @@ def test_a_failing_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest
 def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
     saved = some_state(0)
     checkpoint.save(tmp_path, 2, saved)
-    with small_disk():
+    with full_disk(4096):
         failing_save(tmp_path)
     assert_older_one_loads(tmp_path, saved)
 

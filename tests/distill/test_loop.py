@@ -312,14 +312,15 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_torn_last_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b"\0\0\0\n", b"\xff\n[1]\n7\n"])
+def test_torn_lines_of_the_log_do_not_stop_a_resume(tmp_path: Path, torn: bytes) -> None:
     """What a power cut in the middle of a write leaves behind."""
     half = Toy()
     interrupted_at(3, half, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path, half, run=SAVED_OFTEN, steps=5)
-    with open(tmp_path / "losses.jsonl", "a") as log:
-        log.write('{"step": 4, "lo')
+    with open(tmp_path / "losses.jsonl", "ab") as log:
+        log.write(torn)
     toy(tmp_path, Toy(), run=SAVED_OFTEN, steps=5)
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
 

@@ -1,13 +1,20 @@
-"""Fault injection: a command that is started, killed at a chosen moment, and started again until it ends."""
+"""Fault injection: commands that are killed at a chosen moment and started again, disks that fill up, folders that may
+not be written to, and strangers' files that are used where they can do no harm."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import socket
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -15,36 +22,50 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from refine_control.errors import UserError
+
 # Forks of a server that has imported everything and computed nothing: they start at once. A fork of this process would
 # inherit the locks of torch's threads, and not the threads.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["refine_control.compare.compare", "refine_control.cli", "diffusers", "tiny"])
+
+Fault = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
 class Killer:
     """Runs `refine-control COMMAND` in processes of its own that can be killed.
 
-    kills: where each of them that was killed had come to, by the newest file of the run.
+    ranks: how many processes share the work. kills: where each run that was killed had come to, by the newest file.
     """
 
     command: list[str]
     log: Path
+    ranks: int = 1
     kills: list[str] = field(default_factory=list)
 
-    def start(self) -> ForkServerProcess:
-        child = SERVER.Process(target=_run, args=(self.command, self.log))
-        child.start()
-        return child
+    def start(self, fault: Fault | None = None) -> list[ForkServerProcess]:
+        """fault: what each process runs in."""
+        teams = _teams(self.ranks)
+        children = [SERVER.Process(target=_run, args=(self.command, self.log, team, fault)) for team in teams]
+        for child in children:
+            child.start()
+        return children
 
-    def run(self, kill_after: float = 600) -> int:
-        """The exit code, negative for a signal. kill_after: seconds until it is killed."""
-        child = self.start()
-        child.join(kill_after)
-        child.kill()
-        child.join()
-        assert child.exitcode is not None
-        return child.exitcode
+    def run(
+        self,
+        kill_after: float = 600,
+        kill_when: Callable[[], bool] = lambda: False,
+        fault: Fault | None = None,
+    ) -> int:
+        """The exit code, negative for a signal. Killed after some seconds, or when something has come true."""
+        children = self.start(fault)
+        end = time.monotonic() + kill_after
+        while any(child.is_alive() for child in children) and time.monotonic() < end and not kill_when():
+            time.sleep(0.002)
+        for child in children:
+            child.kill()
+        return code_of(children)
 
     def until_done(self, wanted: int, longest: float, seed: int, folder: Path) -> None:
         """Starts it again and again, killed at random moments up to `longest` seconds; after `wanted`, it may end."""
@@ -53,21 +74,94 @@ class Killer:
             code = self.run(draw.uniform(0, longest))
             if code == 0:
                 return
-            assert code == -signal.SIGKILL, self.log.read_text(encoding="utf-8")[-3000:]
+            assert code == -signal.SIGKILL, self.told()
             self.kills.append(newest(folder))
-        assert self.run() == 0, self.log.read_text(encoding="utf-8")[-3000:]
+        assert self.run() == 0, self.told()
+
+    def told(self) -> str:
+        return self.log.read_text(encoding="utf-8")[-3000:]
 
 
-def _run(command: list[str], log: Path) -> None:
+def code_of(children: list[ForkServerProcess]) -> int:
+    """Waits for all of them; 0 where all ended well."""
+    for child in children:
+        child.join()
+    return next((child.exitcode for child in children if child.exitcode), 0)
+
+
+def _teams(ranks: int) -> list[dict[str, str]]:
+    """The environment of each process, as torchrun makes it."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _run(command: list[str], log: Path, team: dict[str, str], fault: Fault | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+    os.environ.update(team)
     from refine_control.cli import main
 
-    code = main(command)
+    with fault() if fault else nullcontext():
+        code = main(command)
     sys.stdout.flush()
     os._exit(code)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what a write then meets is what it meets on a full disk, but for its
+    number."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def no_privileges() -> Iterator[None]:
+    """Permissions hold, for root too: Linux's capabilities are given up, for as long as the process lives."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
+    yield
+
+
+def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, seconds: int = 20) -> str:
+    """What using a stranger's files comes to, in a fork that may take little memory and time.
+
+    Returns 'read', 'refused' (in one line that has `named` in it), or what went wrong.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        signal.alarm(seconds)
+        try:
+            use()
+            said = "read"
+        except UserError as error:
+            text = str(error)
+            said = "refused" if text.isprintable() and named in text and len(text) < 1000 else f"odd: {text[:300]}"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+        os.write(write, said.encode(errors="replace"))
+        os._exit(0)
+    os.close(write)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    return said or f"ended with {os.waitstatus_to_exitcode(status)}"
 
 
 def newest(folder: Path) -> str:

@@ -7,9 +7,7 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,11 @@ import pytest
 
 from refine_control.diffusion import store
 from refine_control.errors import ModelError
+from reliability.faults import verdict
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-COUNT = {"sample": 150, "long": 10_000}
-MEMORY, SECONDS = 2 << 30, 20  # beyond what the process has, and of one folder
+LONG = 3000
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 3, 10**6, 2**31, 2**63, 10**30, 1e308, -0.5, "", "x", "x" * 5000, "../..", "__import__('os')",
     [], [0], [1] * 50, [[[[]]]], [10**9, 10**9], {}, {"_class_name": "Evil"}, "conv", "nan",
@@ -109,43 +107,59 @@ def _lie(path: Path, draw: random.Random) -> str:
     return f"header {how}"
 
 
-def verdict(folder: Path) -> str:
-    """What loading it comes to, in a fork that may take little memory and time."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        signal.alarm(SECONDS)
-        try:
-            store.load(str(folder))
-            said = "loads"
-        except ModelError as error:
-            text = str(error)
-            said = "refused" if "\n" not in text and str(folder) in text and len(text) < 1000 else f"odd: {text[:300]}"
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"[:300]
-        os.write(write, said.encode())
-        os._exit(0)
-    os.close(write)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read().decode()
-    return said or f"ended with {os.waitstatus_to_exitcode(status)}"
-
-
+@pytest.mark.parametrize("count", [60, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 def test_malformed_folders_are_refused_in_one_line(
-    folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+    folder: Path, tmp_path: Path, count: int, tally: Callable[..., None]
 ) -> None:
     counts: Counter[str] = Counter()
     wrong = []
-    for seed in range(COUNT["long" if request.config.getoption("--long") else "sample"]):
-        shutil.rmtree(tmp_path / "spoilt", ignore_errors=True)
-        shutil.copytree(folder, tmp_path / "spoilt")
-        what = spoil(tmp_path / "spoilt", random.Random(seed))
-        said = verdict(tmp_path / "spoilt")
-        counts[said if said in ("loads", "refused") else "wrong"] += 1
-        if said not in ("loads", "refused"):
+    spoilt = tmp_path / "spoilt"
+    for seed in range(count):
+        shutil.rmtree(spoilt, ignore_errors=True)
+        shutil.copytree(folder, spoilt)
+        what = spoil(spoilt, random.Random(seed))
+        said = verdict(lambda: store.load(str(spoilt)), str(spoilt))
+        counts[said if said in ("read", "refused") else "wrong"] += 1
+        if said not in ("read", "refused"):
             wrong.append(f"{seed}: {what} -> {said}")
-    print(json.dumps({"malformed model folders": counts}))
+    tally("malformed model folders", **counts)
     assert not wrong, "\n".join(wrong)
+    assert counts["refused"] > count / 4
+
+
+def test_a_header_longer_than_any_models_is_not_parsed(folder: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    path = spoilt / "unet/diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = content[8 : 8 + length].ljust(40_000_000)  # as whole as it was
+    path.write_bytes(len(longer).to_bytes(8, "little") + longer + content[8 + length :])
+    with pytest.raises(ModelError, match="has a header of 40000000 bytes, more than any model"):
+        store.load(str(spoilt))
+
+
+CODE = (
+    "from pathlib import Path\nPath({0!r}).touch()\nclass Evil:\n    from_pretrained = from_config = __init__ = None\n"
+)
+AUTO = {"auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "custom_pipeline": "evil"}
+PLACES: list[tuple[str, dict[str, Any]]] = [
+    ("model_index.json", {"_class_name": ["evil", "Evil"]}),
+    ("model_index.json", {"unet": ["evil", "Evil"]}),
+    ("model_index.json", {"vae": ["os", "system"]}),
+    ("model_index.json", AUTO),
+    *((f"{part}/config.json", AUTO) for part in ("unet", "vae", "text_encoder", "controlnet")),
+    ("tokenizer/tokenizer_config.json", AUTO | {"tokenizer_class": "Evil"}),
+    ("scheduler/scheduler_config.json", {"_class_name": "Evil"} | AUTO),
+]
+
+
+@pytest.mark.parametrize(("place", "change"), PLACES, ids=[f"{place}-{i}" for i, (place, _) in enumerate(PLACES)])
+def test_code_beside_a_config_is_not_run(folder: Path, tmp_path: Path, place: str, change: dict[str, Any]) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    for beside in {spoilt, (spoilt / place).parent, *(path for path in spoilt.iterdir() if path.is_dir())}:
+        (beside / "evil.py").write_text(CODE.format(str(tmp_path / "it ran")), encoding="utf-8")
+        (beside / "pipeline.py").write_text(CODE.format(str(tmp_path / "it ran")), encoding="utf-8")
+    config = json.loads((spoilt / place).read_text(encoding="utf-8"))
+    (spoilt / place).write_text(json.dumps(config | change), encoding="utf-8")
+    assert verdict(lambda: store.load(str(spoilt)), str(spoilt)) in ("read", "refused")
+    assert not (tmp_path / "it ran").exists()

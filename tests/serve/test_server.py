@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from refine_control.errors import DataError, UserError
 from refine_control.serve import server as server_module
@@ -143,6 +148,76 @@ def test_two_hundred_at_once_and_some_who_never_finish_asking(
         connection.close()
     assert answers == [b"this is app.js"] * 200
     assert ask(server, "/")[0].status == 200
+
+
+METHODS = st.sampled_from([b"GET", b"HEAD", b"POST", b"get", b"G\0T", b"", b"TRACE"]) | st.binary(max_size=5)
+TARGETS = st.lists(
+    st.sampled_from(
+        [b"/", b"..", b"secret.txt", b"index.html", b"%2e%2e", b"%00", b"%", b"?", b"#", b"\\", b"\xff", b"out"]
+    )
+    | st.binary(max_size=4),
+    max_size=8,
+).map(b"".join)
+VERSIONS = st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/9999999999.1", b"HTTP/x", b""])
+HOSTS = st.sampled_from([b"Host: localhost:%d", b"Host: [::1", b"Host: evil.example:%d", b"Host:"])
+LINES = HOSTS | st.binary(max_size=30) | st.sampled_from([b"A: LONG", b"Content-Length: 99999999999", b" folded"])
+REQUESTS = (
+    st.binary(max_size=100)
+    | st.builds(lambda target: b"GET /" + target + b" HTTP/1.1\r\nHost: localhost:%d\r\n\r\n", TARGETS)
+    | st.builds(
+        lambda method, target, version, lines: b"\r\n".join([b" ".join([method, target, version]), *lines, b"", b""]),
+        METHODS,
+        TARGETS,
+        VERSIONS,
+        st.lists(LINES, max_size=3) | st.just([b"A: b"] * 200),
+    )
+)
+
+
+def said(server: PageServer, request: bytes) -> bytes:
+    """All that it answers to raw bytes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        with suppress(OSError):  # it may hang up before it has heard all
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+        heard = b""
+        with suppress(ConnectionError):
+            while piece := connection.recv(1 << 16):
+                heard += piece
+    return heard
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.long)])
+def test_whatever_it_is_asked_it_goes_on_serving(
+    server: PageServer,
+    folder: Path,
+    count: int,
+    tally: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A client that says anything: it hears a status other than 500, or nothing, and never what lies elsewhere."""
+    (folder / "out").symlink_to(folder.parent)
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(REQUESTS)
+    def holds(request: bytes) -> None:
+        answer = said(server, request.replace(b"%d", b"%d" % server.port).replace(b"LONG", b"a" * 70_000))
+        assert answer != b"secret"
+        assert not answer.endswith(b"\nsecret")
+        status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
+        assert status or not answer or answer.startswith((b"this is", b"4", b"5"))  # a body alone, in HTTP/0.9
+        seen[status[1].decode() if status else "no status"] += 1
+        assert status is None or status[1] != b"500"
+
+    holds()
+    for _ in range(server_module.MOST_THREADS + 1):
+        assert ask(server, "/")[0].status == 200
+    assert capfd.readouterr() == ("", "")
+    tally("requests of any bytes", requests=seen.total(), answers=dict(sorted(seen.items())))
+    assert {"200", "400", "404", "405"} <= set(seen)
 
 
 def test_who_hangs_up_half_way_harms_nobody(

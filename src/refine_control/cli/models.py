@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from refine_control.command import command, flag, plain
-from refine_control.errors import UserError
+from refine_control.errors import UserError, printable
 
 
 @command(
@@ -71,7 +71,7 @@ def _data(args: argparse.Namespace) -> None:
         lines, broken = dataset.faults, dict(check(dataset))
         faults = [*lines, *broken.values()]
         for reason in faults:
-            print(reason)
+            print(printable(reason))
         usable = (i for i, key in enumerate(dataset.keys()) if key not in broken)
         captions, pictures = sum(dataset.text(i) is not None for i in usable), len(dataset) + len(lines)
         print(f"{split}: {pictures} pictures, {captions} with captions, {len(faults)} cannot be used")

@@ -42,6 +42,13 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def require_no_faults(faults: list[str], lenient: bool) -> None:
+    """Raise DataError with the first of a data set's faults, unless lenient."""
+    if faults and not lenient:
+        others = f" (and {len(faults) - 1} more: data check lists them)" if faults[1:] else ""
+        raise DataError(faults[0] + others)
+
+
 def require_same_size(key: str, image: np.ndarray, other: np.ndarray | None, what: str) -> None:
     """Raise DataError unless `other` (H, W[, C]) is as large as `image` (H, W, 3). `what` names it in the message."""
     if other is not None and other.shape[:2] != image.shape[:2]:

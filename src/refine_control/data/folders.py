@@ -2,15 +2,17 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from refine_control.data.example import Example, is_unicode, require_caption, require_same_size
+from refine_control.data.example import Example, is_unicode, require_caption, require_no_faults, require_same_size
 from refine_control.data.images import MAX_PIXELS, SUFFIXES, read_image, read_mask
 from refine_control.errors import DataError
 
 METADATA = "metadata.jsonl"
+LONGEST_LINE = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FolderDataset:
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
-        """lenient: lines of the metadata that cannot be used are left out and listed in `faults`."""
+        """lenient: lines of the metadata, and files, that cannot be used are left out and listed in `faults`."""
         self.folder = Path(folder)
         self.max_pixels = max_pixels
         self.faults: list[str] = []
@@ -44,13 +46,11 @@ class FolderDataset:
             raise DataError(f"{self.folder}: no such folder; check the path")
         if (self.folder / METADATA).is_file():
             self._entries = _read_metadata(self.folder, self.faults)
-            if self.faults and not lenient:
-                others = f" (and {len(self.faults) - 1} more: data check lists them)" if self.faults[1:] else ""
-                raise DataError(self.faults[0] + others)
         elif (self.folder / "metadata.csv").is_file():
             raise DataError(f"{self.folder / 'metadata.csv'}: only {METADATA} is read; convert it, one object a line")
         else:
-            self._entries = [_Entry(_key(path, self.folder), path) for path in _find_images(self.folder)]
+            self._entries = [_Entry(_key(path, self.folder), path) for path in _find_images(self.folder, self.faults)]
+        require_no_faults(self.faults, lenient)
         if not self._entries and not self.faults:
             raise DataError(f"{self.folder}: no image found; put {', '.join(SUFFIXES)} files there or a {METADATA}")
 
@@ -87,14 +87,10 @@ class FolderDataset:
 def _read_metadata(folder: Path, faults: list[str]) -> list[_Entry]:
     """Every line of `folder/metadata.jsonl`, checked; blank lines are skipped, those at fault added to `faults`."""
     path = folder / METADATA
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     entries: list[_Entry] = []
     seen: dict[str, int] = {}
     root = folder.resolve()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -110,7 +106,19 @@ def _read_metadata(folder: Path, faults: list[str]) -> list[_Entry]:
     return entries
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of a file that may be larger than the memory."""
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                yield line.removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) == LONGEST_LINE:
+        raise DataError(f"{where}: longer than {LONGEST_LINE} bytes; write one JSON object a line")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -155,17 +163,37 @@ def _inside(name: Any, folder: Path, root: Path, where: str) -> Path:
     return path
 
 
-def _find_images(folder: Path) -> list[Path]:
+def _find_images(folder: Path, faults: list[str]) -> list[Path]:
+    """Every picture below `folder`, sorted; what cannot be used is added to `faults`."""
     root = folder.resolve()
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):  # does not follow linked folders
-        folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def unreadable(error: OSError) -> None:
+        faults.append(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
+
+    def usable(parent: str, names: list[str]) -> Iterator[str]:
+        for name in names:
+            try:
+                _require_usable(Path(parent) / name, root)
+            except DataError as error:
+                faults.append(str(error))
+            else:
+                yield name
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):  # does not follow linked folders
+        folders[:] = usable(parent, [name for name in folders if not name.startswith(".")])
         pictures = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        for name in (*folders, *pictures):
-            if (Path(parent) / name).is_symlink():
-                _refuse_escape(Path(parent) / name, root)
-        found.extend(Path(parent) / name for name in pictures)
+        found += [Path(parent) / name for name in usable(parent, pictures)]
     return sorted(found, key=lambda path: _key(path, folder))
+
+
+def _require_usable(path: Path, root: Path) -> None:
+    if path.is_symlink():
+        _refuse_escape(path, root)
+    if not is_unicode(path.name):  # so Python spells bytes that are no UTF-8
+        raise DataError(f"{path}: its name is not UTF-8; rename it")
+    if not os.path.isfile(path) and not os.path.isdir(path):  # to read a pipe is to wait for good
+        raise DataError(f"{path}: not a regular file; remove it")
 
 
 def _refuse_escape(path: Path, root: Path) -> None:

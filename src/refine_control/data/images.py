@@ -1,6 +1,8 @@
 """Bytes on the disk -> uint8 RGB arrays, and back to one square size. Untrusted files are expected here."""
 
 import io
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from refine_control.errors import DataError
 MAX_PIXELS = 64_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and some of those start other programs
+OPENING = threading.Lock()  # what is done with warnings, is done for all threads
 FitMode = Literal["crop", "pad"]
 
 
@@ -31,7 +34,7 @@ def read_image(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | N
 
 def _decode(source: Path | bytes, max_pixels: int, name: str | None, to_array: Callable) -> np.ndarray:
     label = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
-    data = source if isinstance(source, bytes) else _read_bytes(Path(source), label)
+    data = source if isinstance(source, bytes) else _read_bytes(Path(source), label, most_bytes(max_pixels))
     if not data:
         raise DataError(f"{label}: the image is empty (0 bytes); replace or remove it")
     try:
@@ -98,9 +101,18 @@ def encode_png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _read_bytes(path: Path, label: str) -> bytes:
+def most_bytes(max_pixels: int) -> int:
+    """No file of so many pixels is larger: four channels of 16 bits, and as much beside them as any picture has."""
+    return 8 * max_pixels + 10_000_000
+
+
+def _read_bytes(path: Path, label: str, most: int) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise DataError(f"{label}: {size} bytes are more than a picture may have ({most}); remove it")
+            return file.read()
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise DataError(f"{label}: cannot be read ({reason}); check the path and its permissions") from None
@@ -108,7 +120,7 @@ def _read_bytes(path: Path, label: str) -> bytes:
 
 def _open(data: bytes) -> Image.Image:
     """Read the header only. PIL warns of large pictures, its own limit in mind; `max_pixels` is ours."""
-    with warnings.catch_warnings():
+    with OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=FORMATS)
 

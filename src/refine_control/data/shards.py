@@ -5,15 +5,15 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from refine_control.data.example import Example, is_unicode, require_caption, require_same_size
-from refine_control.data.images import MAX_PIXELS, encode_png, encode_webp, read_image, read_mask
+from refine_control.data.example import Example, is_unicode, require_caption, require_no_faults, require_same_size
+from refine_control.data.images import MAX_PIXELS, encode_png, encode_webp, most_bytes, read_image, read_mask
 from refine_control.errors import DataError
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
@@ -56,15 +56,21 @@ class Entries:
         places = range(self._member_ends[index], self._member_ends[index + 1])
         return {ENDINGS[self._endings[i]]: (self._offsets[i], self._sizes[i]) for i in places}
 
-    def twins(self) -> tuple[int, int] | None:
-        """Two examples with the same key, where there are any."""
+    def without(self, rows: set[int]) -> "Entries":
+        kept = Entries()
+        for row in range(len(self)):
+            if row not in rows:
+                kept.append(self.key(row), self.shard(row), self.members(row))
+        return kept
+
+    def twins(self) -> Iterator[tuple[int, int]]:
+        """Pairs of examples with the same key, the earlier first."""
         hashes = np.fromiter((hash(self.key(i)) for i in range(len(self))), np.int64, len(self))
         order = np.argsort(hashes, kind="stable")
         for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
             first, second = (int(order[place + step]) for step in (0, 1))
             if self.key(first) == self.key(second):
-                return first, second
-        return None
+                yield first, second
 
 
 class ShardDataset:
@@ -78,22 +84,29 @@ class ShardDataset:
     or is not a regular file; a key twice; a key without image; no example at all. Nothing is decoded before `ds[i]`.
     """
 
-    def __init__(self, shards: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, shards: Sequence[Path], max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
+        """lenient: examples that cannot be used are left out and listed in `faults`; of a damaged tar, its rest."""
         self.shards = [Path(shard) for shard in shards]
         self.max_pixels = max_pixels
-        self.faults: list[str] = []  # as of a FolderDataset: shards have no lines that could be left out
+        self.faults: list[str] = []
         self._entries = Entries()
         for number, shard in enumerate(self.shards):
-            for key, members in _index(shard).items():
-                if not any(ending in members for ending in IMAGE_EXTENSIONS):
-                    raise DataError(f"{shard}: key {key!r} has no image; add {key}.webp, .png or .jpg, or remove it")
-                self._entries.append(key, number, members)
-        if not len(self._entries):
+            for key, members in _index(shard, self.faults).items():
+                if any(ending in members for ending in IMAGE_EXTENSIONS):
+                    self._entries.append(key, number, members)
+                else:
+                    self.faults.append(f"{shard}: key {key!r} has no image; add {key}.webp, .png or .jpg, or remove it")
+        twins = set()
+        for first, second in self._entries.twins():
+            there, here = (self.shards[self._entries.shard(index)] for index in (first, second))
+            key = self._entries.key(first)
+            self.faults.append(f"{here}: key {key!r} already stands in {there}; rename or remove one")
+            twins.add(second)
+        if twins:
+            self._entries = self._entries.without(twins)
+        require_no_faults(self.faults, lenient)
+        if not len(self._entries) and not self.faults:
             raise DataError(f"no example in {[str(shard) for shard in self.shards]}; give shards that hold images")
-        if twins := self._entries.twins():
-            there, here = (self.shards[self._entries.shard(index)] for index in twins)
-            key = self._entries.key(twins[0])
-            raise DataError(f"{here}: key {key!r} already stands in {there}; rename or remove one")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -151,6 +164,8 @@ class ShardDataset:
     def _read(self, number: int, place: tuple[int, int]) -> bytes:
         # Opened anew each time: no handle is shared by threads or forked workers.
         shard, (offset, size) = self.shards[number], place
+        if size > most_bytes(self.max_pixels):
+            raise DataError(f"{shard}: a member of {size} bytes is larger than a picture may be; remove it")
         try:
             with shard.open("rb") as file:
                 file.seek(offset)
@@ -237,37 +252,50 @@ def _checked_key(key: str) -> str:
     return key
 
 
-def _index(shard: Path) -> dict[str, Members]:
-    """key -> ending -> (offset, size) of a plain tar's members; every member is checked."""
+def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
+    """key -> ending -> (offset, size) of a plain tar's members; every member is checked. Faults are added to `faults`;
+    their keys are left out: an example that lost a member is another example."""
     index: dict[str, Members] = {}
+    spoilt: set[str] = set()
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                key, ending = _split(member, shard)
-                members = index.setdefault(key, {})
-                if ending in members:
-                    raise DataError(f"{shard}: member {member.name!r} comes twice; remove one")
-                members[ending] = (member.offset_data, member.size)
+                key = ""
+                try:
+                    key, ending = _split(member.name)
+                    _require_new_file(member, ending, index.setdefault(key, {}))
+                except DataError as error:
+                    faults.append(f"{shard}: member {member.name!r} {error}")
+                    spoilt.add(key)
+                else:
+                    index[key][ending] = (member.offset_data, member.size)
             end = tar.offset
         with shard.open("rb") as file:  # tarfile takes a damaged header, or a cut file, for the end
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
-                raise DataError(f"{shard}: cut short or damaged at byte {end}; fetch or write the shard again")
+                faults.append(f"{shard}: cut short or damaged at byte {end}; fetch or write the shard again")
     except tarfile.TarError as error:
-        raise DataError(f"{shard}: not a whole, plain tar ({error}); write it again without compression") from None
+        faults.append(f"{shard}: not a whole, plain tar ({error}); write it again without compression")
     except OSError as error:
-        raise DataError(f"{shard}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    return index
+        faults.append(f"{shard}: cannot be read ({error.strerror}); check the path and its permissions")
+    return {key: members for key, members in index.items() if key not in spoilt}
 
 
-def _split(member: tarfile.TarInfo, shard: Path) -> tuple[str, str]:
-    """A member's (key, ending); raises DataError for one that is not a plain file inside the tar."""
-    parts = [part for part in member.name.split("/") if part not in ("", ".")]  # pathlib interns what it splits
-    if member.name.startswith("/") or ".." in parts or not parts:
-        raise DataError(f"{shard}: member {member.name!r} leaves the shard; write relative names without '..'")
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-        raise DataError(f"{shard}: member {member.name!r} is not a regular file; write only files into the tar")
+def _split(name: str) -> tuple[str, str]:
+    """A member's (key, ending); raises DataError for a name that leads out of the tar, or to nothing."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]  # pathlib interns what it splits
+    if name.startswith("/") or ".." in parts or not parts:
+        raise DataError("leaves the shard; write relative names without '..'")
+    if not is_unicode(name):  # so Python spells bytes that are no UTF-8
+        raise DataError("has a name that is not UTF-8; rename or remove it")
     stem, _, ending = parts[-1].partition(".")
     if not stem:
-        raise DataError(f"{shard}: member {member.name!r} has no key before its first dot; rename or remove it")
+        raise DataError("has no key before its first dot; rename or remove it")
     return "/".join([*parts[:-1], stem]), ending.lower()
+
+
+def _require_new_file(member: tarfile.TarInfo, ending: str, others: Members) -> None:
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+        raise DataError("is not a regular file; write only files into the tar")
+    if ending in others:
+        raise DataError("comes twice; remove one")

@@ -1,6 +1,7 @@
 """A path from a recipe -> the dataset that reads it."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from tqdm import tqdm
 from refine_control.data.folders import METADATA, FolderDataset
 from refine_control.data.images import MAX_PIXELS
 from refine_control.data.shards import ShardDataset
-from refine_control.errors import DataError
+from refine_control.errors import DataError, printable
+from refine_control.files import cores
 
 SPLITS = ("train", "val", "validation", "test")
+AT_ONCE = 1000  # examples handed to threads
 
 
 def open_dataset(
@@ -32,7 +35,7 @@ def open_dataset(
         reason = "is a file; give the folder that it lies in" if folder.exists() else "no such folder; check the path"
         raise DataError(f"{folder}: {reason}")
     if shards := sorted(folder.glob(f"{split}-*.tar")):
-        return ShardDataset(shards, max_pixels)
+        return ShardDataset(shards, max_pixels, lenient)
     if tars := sorted(folder.glob("*.tar")):
         found = sorted({tar.stem.rpartition("-")[0] or tar.stem for tar in tars})
         raise DataError(f"{folder}: no {split!r} shards, only {', '.join(found)}; choose one of these")
@@ -46,10 +49,10 @@ def open_dataset(
 
 
 def open_usable(path: str | Path, split: str, skip_corrupt: bool) -> FolderDataset | ShardDataset:
-    """As `open_dataset`; with skip_corrupt, lines of the metadata that cannot be used are listed and left out."""
+    """As `open_dataset`; with skip_corrupt, what the metadata, folder or shards name wrongly is listed and left out."""
     dataset = open_dataset(path, split, lenient=skip_corrupt)
     for reason in dataset.faults:
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {printable(reason)}", file=sys.stderr)
     return dataset
 
 
@@ -61,14 +64,23 @@ def splits_of(path: str | Path) -> list[str]:
 
 
 def check(dataset: Any) -> list[tuple[str, str]]:
-    """Decode every example of a data set (`keys()` and `[i]`) and return each fault as (key, reason).
+    """Decode every example of a data set (`keys()` and `[i]`) and return each fault as (key, reason), in their order.
 
-    An empty list means that all can be read.
+    An empty list means that all can be read. As many threads as cores: decoding leaves Python's lock.
     """
-    faults: list[tuple[str, str]] = []
-    for index, key in enumerate(tqdm(dataset.keys(), desc="checking", unit="image", disable=None)):
+
+    def fault(index: int) -> str | None:
         try:
             dataset[index]
         except DataError as error:
-            faults.append((key, str(error)))
+            return str(error)
+        return None
+
+    keys, faults = dataset.keys(), []
+    with ThreadPoolExecutor(cores()) as pool, tqdm(total=len(keys), desc="checking", unit="image", disable=None) as bar:
+        for first in range(0, len(keys), AT_ONCE):
+            some = keys[first : first + AT_ONCE]
+            reasons = pool.map(fault, range(first, first + len(some)))
+            faults += [(key, reason) for key, reason in zip(some, reasons, strict=True) if reason]
+            bar.update(len(some))
     return faults

@@ -23,7 +23,7 @@ from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.diffusion.weights import MOST_JSON, check_weights
 from refine_control.errors import ModelError
-from refine_control.files import put_in_place
+from refine_control.files import put_in_place, sync
 
 disable_progress_bar()  # one bar for each file of a model says nothing
 
@@ -40,6 +40,7 @@ PARTS: dict[str, Any] = {
     "tokenizer": CLIPTokenizer,
 }
 XL_PARTS: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
+FORMAT, FORMAT_KEY = 1, "_refine_control_format"  # in model_index.json; stock pipelines, and our first ones, have none
 FOLDERS = "|".join([*PARTS, *XL_PARTS, "scheduler"])
 
 
@@ -60,6 +61,10 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         network.to(dtype)
     try:
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
+        index = _read_json(aside / "model_index.json") | {FORMAT_KEY: FORMAT}
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for path in aside.rglob("*"):
+            sync(path)
         put_in_place(aside, folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise ModelError(f"cannot write '{folder}': {error}; make room, then run the same command") from None
@@ -124,6 +129,8 @@ def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[st
 def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     """nets: instead of the pipeline's own."""
     index = _read_json(folder / "model_index.json")
+    if (found := index.get(FORMAT_KEY, FORMAT)) != FORMAT:
+        raise ModelError(f"it is of format {found!r}, not {FORMAT}; use the refine-control it is of")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise ModelError(f"its pipeline is a {kind}; supported: {', '.join(PIPELINES)}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from refine_control.errors import ModelError
 
-MOST_JSON = 32e6  # bytes; a tokenizer's vocabulary is the largest, of a few million
+MOST_JSON = 32_000_000  # bytes; a tokenizer's vocabulary is the largest, of a few million
 LAYERS = ("layers", "blocks")  # in the names of numbers that say how many
 SLACK = 10_000_000  # numbers that are computed, not stored
 
@@ -40,7 +40,11 @@ def check_weights(kind: Any, folder: Path, config: Mapping[str, Any], files: lis
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of each tensor in a file; safetensors itself refuses headers that are too long or that say more than is there."""
+    """Of each tensor in a file; safetensors itself refuses headers that say more than is there."""
+    with file.open("rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > MOST_JSON:
+        raise ModelError(f"{file.parent.name}/{file.name} has a header of {header} bytes, more than any model")
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118  it is no dict
             yield name, tuple(tensors.get_slice(name).get_shape())

@@ -82,9 +82,11 @@ def _check(path: Path) -> None:
     """Raises DataError where a checkpoint is not as it was written."""
     manifest = _manifest(path)
     for name, digest in manifest.get("sha256", {}).items():
-        if not (path / name).is_file():
-            raise DataError(f"checkpoint '{path}' is damaged: {name} is missing")
-        if _sha256(path / name) != digest:
+        try:
+            found = _sha256(path / name)
+        except OSError as error:  # missing, or on a failing disk
+            raise DataError(f"checkpoint '{path}' is damaged: {name}: {error.strerror}") from None
+        if found != digest:
             raise DataError(f"checkpoint '{path}' is damaged: {name} has changed since it was written")
 
 

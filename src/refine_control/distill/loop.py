@@ -180,8 +180,8 @@ class Log:
         self.began, self.waited = time.monotonic(), 0.0
         if not writes:
             return
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+        kept = [line for line in lines if _step(line) <= start]
         write_whole(path, "".join(line + "\n" for line in kept))
         self.lines = len(kept)
         if kept:
@@ -195,3 +195,11 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.lines += 1
+
+
+def _step(line: str) -> float:
+    """Of a line of a log; infinity where a power cut left something else."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from refine_control.data.batch import Batch
 from refine_control.errors import RecipeError, UserError
+from refine_control.files import cores
 from refine_control.recipe import RunConfig, StageConfig
 
 OWN = ("_modules", "_parameters", "_buffers")  # of a module
@@ -47,8 +48,7 @@ def pick_device(name: str) -> torch.device:
 
 def set_threads(run: RunConfig) -> None:
     """As many threads as cores we may use, shared with this machine's other processes: too many can cost five times."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(run.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(run.num_threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def refuse_processes(command: str) -> None:
