@@ -34,8 +34,8 @@ class DataConfig(Config):
     """Where the pictures are and how they are brought to one size."""
 
     labelled: str = "data/emoji"
-    unlabelled: str | None = None
-    labelled_limit: PositiveInt | None = None
+    unlabelled: str | tuple[str, ...] | None = None  # one folder or several
+    labelled_limit: PositiveInt | None = None  # captioned pictures to learn from, evenly spread over the data set
     resolution: PositiveInt = 32
     fit: Literal["crop", "pad"] = "crop"
     controls: tuple[ControlKind, ...] = ("inpaint",)  # what each ControlNet is shown, in the model's order

@@ -259,9 +259,9 @@ def test_pictures_are_read_once_if_they_fit_and_each_time_if_not() -> None:
     assert read_reads.reads == [2, 2, 2]
 
 
-def test_a_limit_takes_the_first_pictures_and_their_versions() -> None:
+def test_a_limit_takes_pictures_evenly_spread_and_their_versions() -> None:
     pictures = Pictures(examples(5), DATA, variants=2, limit=3)
-    assert [pictures[i].key for i in range(len(pictures))] == [f"labelled-{i}" for i in (0, 1, 2, 0, 1, 2)]
+    assert [pictures[i].key for i in range(len(pictures))] == [f"labelled-{i}" for i in (0, 2, 4, 0, 2, 4)]
     assert len(Pictures(examples(5), DATA, variants=1, limit=99)) == 5
 
 

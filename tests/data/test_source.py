@@ -9,7 +9,7 @@ from refine_control.data.example import Example
 from refine_control.data.folders import FolderDataset
 from refine_control.data.images import encode_png
 from refine_control.data.shards import ShardDataset, write_shards
-from refine_control.data.source import check, open_dataset, splits_of
+from refine_control.data.source import check, open_dataset, open_usable, splits_of
 from refine_control.errors import DataError
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -29,6 +29,23 @@ def test_every_fault_of_the_metadata_is_listed_and_the_first_stops_training(tmp_
     dataset = open_dataset(tmp_path, lenient=True)
     assert dataset.keys() == ["a.png"]
     assert [reason.split(": ")[0].rsplit(", ")[-1] for reason in dataset.faults] == ["line 2", "line 3", "line 4"]
+
+
+def test_several_folders_are_one_behind_the_other(tmp_path: Path) -> None:
+    for name in ("one/a.png", "one/b.png", "two/a.png"):
+        put(tmp_path / name)
+    (tmp_path / "two/metadata.jsonl").write_text('{"file_name": "a.png", "text": "an a"}', encoding="utf-8")
+    joined = open_usable([str(tmp_path / "one"), str(tmp_path / "two")], "train", skip_corrupt=False)
+    assert joined.keys() == ["0:a.png", "0:b.png", "1:a.png"]
+    assert [joined.text(i) for i in range(len(joined))] == [None, None, "an a"]
+    assert [joined[i].key for i in range(3)] == ["a.png", "b.png", "a.png"]
+    assert len(joined.files()) == len(open_dataset(tmp_path / "one").files()) + len(
+        open_dataset(tmp_path / "two").files()
+    )
+    with pytest.raises(IndexError):
+        joined[3]
+    with pytest.raises(DataError, match="no such folder"):
+        open_usable([str(tmp_path / "one"), str(tmp_path / "three")], "train", skip_corrupt=False)
 
 
 def test_the_splits_that_there_are(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ def compare(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     overrides: of the base recipe. rivals: files beside those in compare/rivals/.
     """
     refuse_processes("compare")
-    shop = Workshop(rivals)
-    plan, todo = _planned(plan, overrides, shop)
+    shop = Workshop(base_recipe(plan, overrides), rivals)
+    todo = _planned(plan, overrides, shop)
     elsewhere = 0
     for run in todo:
         try:
@@ -42,8 +42,8 @@ def compare(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
 
 def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
     """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here."""
-    shop = Workshop(rivals)
-    plan, todo = _planned(plan, overrides, shop)
+    shop = Workshop(base_recipe(plan, overrides), rivals)
+    todo = _planned(plan, overrides, shop)
     times = measure_once(_speed_file(plan), _trained(todo, shop), shop)
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'minutes left':>13}"]
     total = 0.0
@@ -72,18 +72,15 @@ def begun(run: Run) -> float:
     return taken / steps if steps else 0.0
 
 
-def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> tuple[CompareRecipe, list[Run]]:
+def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> list[Run]:
     """The teacher's run and all others. Every rival is read first: a mistake there should not cost the rows before."""
     found = {name: shop.find(row.rival) for name, row in plan.rows.items() if row.rival}
-    once = [name for name, rival in found.items() if rival.fill]
-    base = base_recipe(plan, overrides)
-    out, work = Path(plan.output_dir), Path(plan.work_dir or plan.output_dir)
-    first = out / TEACHER / "seed-0"
-    rest = runs(plan, overrides, once)
-    base = with_known_commits(base, rest[0].work)
+    rest = runs(plan, overrides, once=[name for name, rival in found.items() if rival.fill])
+    base = with_known_commits(shop.base, rest[0].work)
     pinned = {"teacher": base.teacher, "controlnets": base.controlnets}
-    teacher = Run(TEACHER, 0, base, None, first, work / TEACHER / "seed-0")
-    return plan, [teacher, *(run._replace(recipe=run.recipe.model_copy(update=pinned)) for run in rest)]
+    out, work = (Path(folder) / TEACHER / "seed-0" for folder in (plan.output_dir, plan.work_dir or plan.output_dir))
+    teacher = Run(TEACHER, 0, base, None, out, work)
+    return [teacher, *(run._replace(recipe=run.recipe.model_copy(update=pinned)) for run in rest)]
 
 
 def _trained(todo: Sequence[Run], shop: Workshop) -> list[Run]:

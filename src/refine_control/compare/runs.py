@@ -35,13 +35,16 @@ SHOWN = 12  # pictures of each domain, kept of a run to be looked at
 
 @dataclass
 class Workshop:
-    """What runs share: teachers with their data and what was computed of them, held-out pictures, rivals."""
+    """What runs share: teachers with their data and what was computed of them, held-out pictures, rivals.
 
+    base: names the held-out pictures, for every row alike, whatever it learns from.
+    """
+
+    base: DistilRecipe
     rivals: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         self._distillers: dict[str, Distiller] = {}
-        self._domains: dict[str, dict[str, Domain]] = {}
         self._found: dict[str, Rival] = {}
 
     def distiller(self, recipe: DistilRecipe) -> Distiller:
@@ -50,11 +53,9 @@ class Workshop:
             self._distillers[key] = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
         return self._distillers[key]
 
-    def domains(self, recipe: DistilRecipe) -> dict[str, Domain]:
-        key = json.dumps([part.model_dump() for part in (recipe.data, recipe.masks, recipe.evaluate)])
-        if key not in self._domains:
-            self._domains[key] = open_domains(recipe.data, recipe.masks, recipe.evaluate)
-        return self._domains[key]
+    @cached_property
+    def domains(self) -> dict[str, Domain]:
+        return open_domains(self.base.data, self.base.masks, self.base.evaluate)
 
     def find(self, name: str) -> Rival:
         if name not in self._found:
@@ -101,7 +102,7 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         recipe = distiller.pinned(with_known_commits(run.recipe, run.work))
         method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
         made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
-        identity = digest_of(recipe, made_by)
+        identity = digest_of(recipe, made_by, shop.domains)
         kept = result_of(run)
         if kept is not None:
             if kept["identity"] != identity:
@@ -110,7 +111,7 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
                     "remove it, or choose another output_dir"
                 )
             return kept
-        domains = shop.domains(recipe)
+        domains = shop.domains
         if run.row == TEACHER:
             scored = _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
         elif rival and rival.fill:
@@ -130,9 +131,10 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         return result
 
 
-def digest_of(recipe: DistilRecipe, made_by: dict[str, str]) -> str:
-    """Of all that decides a result: what is learnt of what, and how it is scored."""
+def digest_of(recipe: DistilRecipe, made_by: dict[str, str], domains: dict[str, Domain]) -> str:
+    """Of all that decides a result: what is learnt of what, and how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
+    scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
     return hashlib.sha256(json.dumps([learnt(recipe), made_by, scored], sort_keys=True).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
         if (result := result_of(run)) is not None:
             results.setdefault(run.row, {})[run.seed] = result
     first = {run.row: run for run in reversed(todo) if run.row in results}
-    domains = shop.domains(todo[0].recipe)
+    domains = shop.domains
     rows = [_row(name, plan, first[name], results[name], times, domains) for name in results]
     rivals = [name for name in results if _is_distilled(name, plan, first, shop)]
     found = claims(plan.ours, results, rivals)

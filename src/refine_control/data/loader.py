@@ -42,12 +42,14 @@ class Pictures:
     """A data set at one resolution, `variants` versions of each picture, decoded once while they fit in memory."""
 
     def __init__(self, dataset: Dataset, config: DataConfig, variants: int, limit: int | None = None) -> None:
-        self.dataset = _without_faults(dataset) if config.skip_corrupt else dataset
+        usable = _without_faults(dataset) if config.skip_corrupt else dataset
+        self.dataset = _evenly_spread(usable, limit) if limit and limit < len(usable) else usable
+        self.limit = limit
         if len(self.dataset) == 0:
             raise DataError("the data set holds no usable picture")
         self.config = config
         self.variants = variants
-        self.examples = min(len(self.dataset), limit or len(self.dataset))
+        self.examples = len(self.dataset)
         budget = config.cache_gb * 2**30 / (3 * config.resolution**2)
         self._kept: dict[int, Example] | None = {} if len(self) <= budget else None
 
@@ -77,6 +79,7 @@ class Pictures:
             "files": fingerprint(self.dataset.files()),
             "examples": self.examples,
             "variants": self.variants,
+            **({"evenly_spread": True} if self.limit else {}),
             **config,
         }
 
@@ -113,6 +116,10 @@ def _zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     top, left = int(rng.uniform(0, height - crop_h + 1)), int(rng.uniform(0, width - crop_w + 1))
     crop = image[top : top + crop_h, left : left + crop_w]
     return np.asarray(Image.fromarray(crop).resize((width, height), _RESAMPLING[image.ndim]))
+
+
+def _evenly_spread(dataset: Dataset, count: int) -> Dataset:
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
 
 
 class Subset:

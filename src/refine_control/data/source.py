@@ -1,16 +1,22 @@
 """A path from a recipe -> the dataset that reads it."""
 
+from __future__ import annotations
+
+import bisect
+import itertools
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from refine_control.data.example import Example
 from refine_control.data.folders import METADATA, FolderDataset
 from refine_control.data.images import MAX_PIXELS
 from refine_control.data.shards import ShardDataset
-from refine_control.errors import DataError, printable
+from refine_control.errors import DataError
 from refine_control.files import cores
 
 SPLITS = ("train", "val", "validation", "test")
@@ -48,12 +54,51 @@ def open_dataset(
     return FolderDataset(folder, max_pixels, lenient)
 
 
-def open_usable(path: str | Path, split: str, skip_corrupt: bool) -> FolderDataset | ShardDataset:
-    """As `open_dataset`; with skip_corrupt, what the metadata, folder or shards name wrongly is listed and left out."""
-    dataset = open_dataset(path, split, lenient=skip_corrupt)
-    for reason in dataset.faults:
-        print(f"skipped: {printable(reason)}", file=sys.stderr)
-    return dataset
+Paths = str | Path | Sequence[str]
+
+
+def paths_of(paths: Paths) -> list[str | Path]:
+    return [paths] if isinstance(paths, str | Path) else list(paths)
+
+
+def open_usable(paths: Paths, split: str, skip_corrupt: bool) -> FolderDataset | ShardDataset | Joined:
+    """As `open_dataset`, of one path or several; with skip_corrupt, what cannot be used is listed and left out."""
+    parts = [open_dataset(path, split, lenient=skip_corrupt) for path in paths_of(paths)]
+    for reason in (reason for part in parts for reason in part.faults):
+        print(f"skipped: {reason}", file=sys.stderr)
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+class Joined:
+    """Several data sets, one behind the other."""
+
+    def __init__(self, parts: Sequence[FolderDataset | ShardDataset]) -> None:
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        part, own = self._at(index)
+        return part[own]
+
+    def text(self, index: int) -> str | None:
+        part, own = self._at(index)
+        return part.text(own)
+
+    def keys(self) -> list[str]:
+        """With the number of their part, since two may have the same names."""
+        return [f"{number}:{key}" for number, part in enumerate(self.parts) for key in part.keys()]  # noqa: SIM118
+
+    def files(self) -> list[Path]:
+        return [path for part in self.parts for path in part.files()]
+
+    def _at(self, index: int) -> tuple[FolderDataset | ShardDataset, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self.ends, index)
+        return self.parts[place], index - (self.ends[place - 1] if place else 0)
 
 
 def splits_of(path: str | Path) -> list[str]:

@@ -57,7 +57,8 @@ def open_pictures(
 ) -> tuple[Pictures, Pictures | None]:
     """The labelled and the plain data set of a recipe, at its resolution."""
     variants = variants or data.variants
-    labelled = Pictures(open_usable(data.labelled, split, data.skip_corrupt), data, variants, data.labelled_limit)
+    limit = data.labelled_limit if split == "train" else None
+    labelled = Pictures(open_usable(data.labelled, split, data.skip_corrupt), data, variants, limit)
     if not any(labelled.text(index) for index in range(labelled.examples)):
         raise DataError(
             f"no picture of '{data.labelled}' has a caption; give each a 'text' in its metadata.jsonl, "

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.data.source import open_dataset
+from refine_control.data.source import open_dataset, paths_of
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.processes import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
@@ -52,10 +52,11 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     tested = open_pictures(data, config.split, variants=1)
     for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
         if pictures is not None:
-            trained_on = open_dataset(getattr(data, name), lenient=data.skip_corrupt).files()
-            if set(pictures.dataset.files()) & set(trained_on):
+            paths = paths_of(getattr(data, name))
+            trained_on = {file for path in paths for file in open_dataset(path, lenient=data.skip_corrupt).files()}
+            if set(pictures.dataset.files()) & trained_on:
                 print(
-                    f"refine-control: '{getattr(data, name)}' has no split '{config.split}' of its own: "
+                    f"refine-control: '{', '.join(map(str, paths))}' has no split '{config.split}' of its own: "
                     "these scores are of pictures that were trained on",
                     file=sys.stderr,
                 )
