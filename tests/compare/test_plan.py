@@ -58,13 +58,13 @@ def test_rows_of_a_shipped_comparison_learn_alike(path: Path) -> None:
 
 def test_rows_set_keys_of_the_base_and_the_command_line_has_the_last_word(base: Path) -> None:
     rows = {"scratch": {"set": {"init": "random", "stage1.weights": {"task": 1}}}, "refine-control": {}}
-    path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.5})
+    path = tiny.write_comparison(base, rows, set={"stages.learning_rate": 0.5})
     plan, rest = load(path, {"stage1.weights.output": "0.25", "output_dir": "elsewhere"})
     scratch, ours = runs(plan, rest)
     assert (scratch.recipe.init, ours.recipe.init) == ("random", "teacher")
     assert scratch.recipe.stage1.weights == LossWeights(task=1, output=0.25)
     assert ours.recipe.stage1.weights == LossWeights(task=1, output=0.25, feature=1)
-    assert scratch.recipe.stage1.learning_rate == ours.recipe.stage1.learning_rate == 0.5
+    assert scratch.recipe.stage1.learning_rate == ours.recipe.stage2.learning_rate == 0.5
     assert scratch.out == Path("elsewhere/scratch/seed-0")
     assert rest == {"stage1.weights.output": "0.25"}
 

@@ -20,7 +20,7 @@ class RowPlan(Config):
 
     label: str = ""
     rival: str | None = None
-    set: dict[str, Any] = Field({}, description="dotted keys of the base recipe")
+    set: dict[str, Any] = Field({}, description="dotted keys of the base recipe; 'stages.' means both")
     seeds: tuple[int, ...] | None = None  # instead of the comparison's
 
     @field_validator("rival")
@@ -122,6 +122,8 @@ def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = (
 
 
 def _recipe(plan: CompareRecipe, values: dict[str, Any], origin: str = "") -> DistilRecipe:
-    tree = read_tree(plan.base, values)
+    both = {key: [key.replace("stages.", f"{name}.", 1) for name in ("stage1", "stage2")] for key in values}
+    each = {one: value for key, value in values.items() for one in (both[key] if key.startswith("stages.") else [key])}
+    tree = read_tree(plan.base, each)
     tree.setdefault("output_dir", plan.output_dir)
     return validate(DistilRecipe, tree, f"recipe '{plan.base}'" + (f", {origin}" if origin else ""))
