@@ -26,7 +26,7 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
-# Kills and bad inputs by the thousand, some twenty minutes on two cores. Each test keeps its counts when it ends.
+# Kills and bad inputs by the thousand. Each test keeps its counts when it ends, so that they may be run one by one: -k.
 test-long: .venv/ready
 	$(BIN)/python -m pytest -m long
 	cat results/reliability.json

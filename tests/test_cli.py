@@ -289,7 +289,11 @@ def test_a_signal_outside_of_training_ends_with_its_code_too(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
     monkeypatch.setattr("refine_control.data.source.check", lambda _: signal.raise_signal(number))
-    assert main(["data", "check", str(workplace / "plain")]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["data", "check", str(workplace / "plain")]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "the same command goes on where this one was" in capsys.readouterr().err
 
 

@@ -195,7 +195,7 @@ LINES = (
 )
 
 
-@sample_or(long=1500)
+@sample_or(long=2000)
 def test_any_metadata_is_read_or_refused_line_by_line(tmp_path: Path, count: int, tally: Callable[..., None]) -> None:
     """Whatever stands in the other lines, the last one, a good one, is read, and no picture from elsewhere is."""
     (tmp_path / "secret.png").write_bytes(saved(plain(colour=(1, 2, 3))))
@@ -232,7 +232,7 @@ GOOD = [data for data, _ in READ.values()] + [saved(plain(), kind) for kind in (
 GOOD += [saved(Image.effect_noise((40, 30), 99), kind) for kind in ("PNG", "JPEG", "WEBP", "TIFF")]
 
 
-@sample_or(long=4500, sample=200)
+@sample_or(long=6000, sample=200)
 def test_any_bytes_are_a_picture_or_refused(count: int, tally: Callable[..., None]) -> None:
     """Pictures with bytes changed or cut off; little memory is taken, whatever the header asks for."""
     seen: Counter[str] = Counter()
@@ -273,7 +273,7 @@ def mended(data: bytes) -> bytes:
     return bytes(blocks)
 
 
-@sample_or(long=1000)
+@sample_or(long=1500)
 def test_any_shard_is_read_or_refused_member_by_member(tmp_path: Path, count: int, tally: Callable[..., None]) -> None:
     png, file = saved(plain()), tarfile.REGTYPE
     members = [("a.png", file, png), ("a.json", file, b'{"text": "t"}'), ("b" * 120 + ".png", file, png)]

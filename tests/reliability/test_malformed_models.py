@@ -18,10 +18,9 @@ import pytest
 from refine_control.diffusion import store
 from refine_control.errors import ModelError
 from reliability.faults import verdict
-from tiny import tiny_model
+from tiny import plan, tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-LONG = 3000
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 3, 10**6, 2**31, 2**63, 10**30, 1e308, -0.5, "", "x", "x" * 5000, "../..", "__import__('os')",
     [], [0], [1] * 50, [[[[]]]], [10**9, 10**9], {}, {"_class_name": "Evil"}, "conv", "nan",
@@ -31,7 +30,7 @@ VALUES: list[Any] = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = tmp_path_factory.mktemp("models") / "whole"
-    store.save(tiny_model(), whole)
+    store.save(tiny_model(plan(4, 4, attention=(False, True), heads=(1, 1))), whole)
     return whole
 
 
@@ -107,14 +106,17 @@ def _lie(path: Path, draw: random.Random) -> str:
     return f"header {how}"
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+PARTS = [pytest.param(1000 + 500 * part, 500, marks=[pytest.mark.long, pytest.mark.timeout(1200)]) for part in range(4)]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 50), *PARTS])
 def test_malformed_folders_are_refused_in_one_line(
-    folder: Path, tmp_path: Path, count: int, tally: Callable[..., None]
+    folder: Path, tmp_path: Path, first: int, count: int, tally: Callable[..., None]
 ) -> None:
     counts: Counter[str] = Counter()
     wrong = []
     spoilt = tmp_path / "spoilt"
-    for seed in range(count):
+    for seed in range(first, first + count):
         shutil.rmtree(spoilt, ignore_errors=True)
         shutil.copytree(folder, spoilt)
         what = spoil(spoilt, random.Random(seed))
@@ -122,7 +124,7 @@ def test_malformed_folders_are_refused_in_one_line(
         counts[said if said in ("read", "refused") else "wrong"] += 1
         if said not in ("read", "refused"):
             wrong.append(f"{seed}: {what} -> {said}")
-    tally("malformed model folders", **counts)
+    tally(f"malformed model folders from {first}", folders=count, **counts)
     assert not wrong, "\n".join(wrong)
     assert counts["refused"] > count / 4
 
