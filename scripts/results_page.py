@@ -14,6 +14,7 @@ from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
 BETTER_HIGH = ("psnr", "ssim")
+COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled")
 CONTROLS = (
     "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
     "--rows scratch,teacher-weights,stage1-continued,plain-rows-without-task,refine-control"
@@ -95,6 +96,19 @@ def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def compared(name: str, command: str) -> list[str]:
+    """What `refine-control compare` wrote, its headings two levels lower, and its plots."""
+    folder = ROOT / "results" / name
+    if not (folder / "table.md").is_file():
+        return []
+    title, *rest = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    lines = [f"#{title}", "", f"`{command}`", *(f"#{line}" if line.startswith("#") else line for line in rest), ""]
+    for cost, text in (("macs", "MACs of a forward"), ("wall_seconds", "time of training")):
+        if (folder / f"{cost}.png").is_file():
+            lines += [f"![scores against the {text}](../results/{name}/{cost}.png)", ""]
+    return lines
+
+
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     """What `refine-control bench` measured."""
     how, on = measured["settings"], measured["machine"]
@@ -143,7 +157,11 @@ def main() -> None:
         lines += ["`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`", "", "One seed, no spread.", ""]
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
         lines += by_domain(rows)
-    if demo := read("demo/scores.json"):
+    for name in COMPARISONS:
+        lines += compared(name, f"refine-control compare recipes/{name}.yaml")
+    if (demo := read("demo/scores.json")) and "rows" in demo:
+        lines += compared("demo", "make demo")
+    elif demo:
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):
         lines += comparison("Controls", CONTROLS, controls)
