@@ -17,6 +17,7 @@ ROOMS = [
     "command",
     "plans",
     "recipe",
+    "claim",
     "data",
     "diffusion",
     "student",

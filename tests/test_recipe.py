@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from refine_control.claim import claim
 from refine_control.errors import RecipeError
-from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, claim, load, save, validate
+from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, load, save, validate
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPES = [path for path in SHIPPED if not path.name.startswith("compare-")]  # tests/compare/ has those
@@ -130,6 +131,13 @@ def test_a_folder_holds_one_run_however_it_runs(small: Path, tmp_path: Path) -> 
     for key, value in HOW.items():
         claim(load(DistilRecipe, small, {key: value}), run)
     assert load(DistilRecipe, run / "recipe.yaml").output_dir == "moved", "the newest is kept"
+
+
+def test_what_a_folder_says_of_its_run_may_be_damaged(small: Path, tmp_path: Path) -> None:
+    begin(small, tmp_path / "run")
+    (tmp_path / "run/contents.json").write_text("{broken", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"cannot read '.*contents.json' .*; remove the run's folder"):
+        claim(load(DistilRecipe, small), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refine_control import __version__
+from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
 from refine_control.distill.distil import OURS, Distiller, with_known_commits
@@ -28,7 +29,7 @@ from refine_control.errors import RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
-from refine_control.recipe import DistilRecipe, learnt, load
+from refine_control.recipe import DistilRecipe, load
 
 SHOWN = 12  # pictures of each domain, kept of a run to be looked at
 

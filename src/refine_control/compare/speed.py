@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.runs import Workshop
 from refine_control.diffusion.model import Model
@@ -30,7 +31,7 @@ from refine_control.distill.stages import Distillation
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
-from refine_control.recipe import StageConfig, learnt
+from refine_control.recipe import StageConfig
 
 TURNS, WARM = 7, 2  # of which the first are not counted
 STAGES = ("stage1", "stage2")

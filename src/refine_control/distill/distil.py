@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from refine_control.claim import claim
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
 from refine_control.data.table import Steps
@@ -29,7 +30,7 @@ from refine_control.distill.stages import Distillation, Method, teacher_features
 from refine_control.distill.teacher import check_resolution, contents, open_pictures
 from refine_control.errors import RecipeError
 from refine_control.files import hold
-from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig, claim
+from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig
 from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from refine_control.claim import claim
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import open_usable
@@ -25,7 +26,7 @@ from refine_control.distill.preview import Preview, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.errors import DataError, ModelError
 from refine_control.files import hold
-from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe, claim
+from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
 

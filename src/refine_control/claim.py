@@ -1,0 +1,65 @@
+"""A folder holds one run: what was trained in it is of one recipe, one teacher and one data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from refine_control.errors import RecipeError
+from refine_control.files import write_whole
+from refine_control.plans import Config
+from refine_control.recipe import load, save
+
+R = TypeVar("R", bound=Config)
+
+
+def learnt(config: Config) -> dict[str, Any]:
+    """What decides the trained weights, as plain data: not where they go, how fast, or how they are looked at.
+
+    Nor skip_corrupt, which a run that met a corrupt picture may need to go on.
+    """
+    data = {"cache_gb", "cache_dir", "teacher_cache_gb", "skip_corrupt"}
+    aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": data}
+    return config.model_dump(mode="json", exclude=aside)
+
+
+def claim(config: R, folder: Path, contents: dict[str, str] | None = None) -> None:
+    """Writes folder/recipe.yaml. A folder holds one run; the same command, or one that runs it otherwise, goes on.
+
+    contents: digests of what the recipe only names (a teacher's weights, data), kept in folder/contents.json.
+
+    Raises:
+        RecipeError: what was trained in the folder is of another recipe; the first key that differs is named.
+    """
+    path, kept = folder / "recipe.yaml", folder / "contents.json"
+    trained = any(next(folder.glob(mark), None) for mark in ("*/checkpoints/step-*", "student", "model"))
+    if trained and path.is_file():
+        theirs, ours = _leaves(learnt(load(type(config), path))), _leaves(learnt(config))
+        if kept.is_file():
+            theirs |= _leaves(_contents(kept), "contents of ")
+            ours |= _leaves(contents or {}, "contents of ")
+        for key in [*ours, *theirs]:
+            if ours.get(key) != theirs.get(key):
+                raise RecipeError(
+                    f"'{folder}' holds a run of another recipe ({key} {theirs.get(key)}, not {ours.get(key)}); "
+                    "remove it or choose another output_dir"
+                )
+    save(config, path)
+    if contents:
+        write_whole(kept, json.dumps(contents, indent=1))
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"cannot read '{path}' ({error}); remove the run's folder or choose another") from None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"stage1.steps": 100, ...}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
