@@ -74,6 +74,7 @@ def test_claims_hold_by_their_figures() -> None:
     assert found["labelled: 95% of the teacher's psnr"].holds
     assert found["labelled: fid[x] at least half of the way from scratch to the teacher"].figures == "59%"
     assert claims("absent", table, []) == []
+    assert claims("refine-control", table | {"refine-control": results([19, 19], [1, 1])}, []) == [], "two are no claim"
 
 
 def test_a_teacher_that_classical_inpainting_beats_is_named() -> None:

@@ -15,7 +15,7 @@ from refine_control.compare.statistics import (
     over_seeds,
 )
 
-LEAST_WON, LEAST_SHARE, LEAST_CLOSED = 4, 0.95, 0.5
+LEAST_SEEDS, LEAST_WON, LEAST_SHARE, LEAST_CLOSED = 3, 4, 0.95, 0.5
 CLASSICAL = ("mean-fill", "telea", "navier-stokes", "biharmonic")
 
 
@@ -28,10 +28,10 @@ class Claim(NamedTuple):
 def claims(ours: str, results: Mapping[str, Results], rivals: list[str]) -> list[Claim]:
     """In the hole, on every domain. rivals: rows that distil into the same student for as many steps.
 
-    Claims whose rows are not there are left out.
+    Claims whose rows are not there are left out; with fewer than LEAST_SEEDS of ours there is none.
     """
     found: list[Claim] = []
-    if ours not in results:
+    if len(results.get(ours, {})) < LEAST_SEEDS:
         return found
     for domain, metrics in metrics_of(results[ours]).items():
         for rival in rivals:
