@@ -16,6 +16,7 @@ def plot(rows: list[Row], cost: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     shown = [row for row in rows if getattr(row, cost)]
     domains = list(dict.fromkeys(domain for row in shown for domain in row.scores))
@@ -25,14 +26,18 @@ def plot(rows: list[Row], cost: str, path: Path) -> None:
     title, scale, unit = COSTS[cost]
     size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = {row.name: palette[place % len(palette)] for place, row in enumerate(rows)}  # alike in every plot
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
-            for k, row in enumerate(shown):
-                _point(axes[i, j], row, domain, metric, getattr(row, cost) / scale, colours[k % len(colours)])
+            for row in shown:
+                _point(axes[i, j], row, domain, metric, getattr(row, cost) / scale, colours[row.name])
             axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
             axes[i, j].tick_params(labelsize=7)
-            axes[i, j].set_xscale("log" if cost == "macs" else "linear")
+            if cost == "macs":
+                axes[i, j].set_xscale("log")
+                axes[i, j].xaxis.set_major_formatter(ScalarFormatter())
+                axes[i, j].xaxis.set_minor_formatter(NullFormatter())
             if i == len(domains) - 1:
                 axes[i, j].set_xlabel(f"{title} ({unit})", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
