@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx as onnx_format
+import onnxruntime
 import pytest
 from PIL import Image
 
 from refine_control.diffusion import store
 from refine_control.diffusion.sample import fill
 from refine_control.errors import ModelError, UserError
-from refine_control.export import parity
+from refine_control.export import onnx, parity
 from refine_control.export.export import export_model, summary
 from refine_control.recipe import SampleConfig
 from refine_control.runtime import MANIFEST, ExportError, Student
@@ -142,6 +144,30 @@ def test_the_page_takes_no_weights_beyond_a_file(
         export_model(str(tiny_folder), "web", "fp16", tmp_path / "site")
     export_model(str(tiny_folder), "onnx", "fp16", tmp_path / "out")
     assert (tmp_path / "out" / "denoiser.onnx.data").is_file()
+
+
+def test_weights_beside_a_graph_are_quantised_too(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exported("onnx", "fp32") / "denoiser.onnx"
+    apart = tmp_path / "denoiser.onnx"
+    onnx_format.save(
+        onnx_format.load(source), apart, save_as_external_data=True, location=f"{apart.name}.data", size_threshold=0
+    )
+    session = onnxruntime.InferenceSession(source)
+    rng = np.random.default_rng(0)
+    feeds = {
+        given.name: rng.normal(size=[n if isinstance(n, int) else 1 for n in given.shape]).astype(np.float32)
+        for given in session.get_inputs()
+    }
+    feeds["t"] = np.array([500], np.float32)
+    monkeypatch.setattr("refine_control.export.onnx.BIG", 10_000)
+    onnx.quantize(apart, tmp_path / "int8.onnx", [feeds])
+    (exact,), (rounded,) = (
+        session.run(None, feeds),
+        onnxruntime.InferenceSession(tmp_path / "int8.onnx").run(None, feeds),
+    )
+    assert 0 < np.abs(exact - rounded).max() < 0.5 * np.abs(exact).max()
 
 
 @pytest.mark.slow

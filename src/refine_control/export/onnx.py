@@ -18,7 +18,7 @@ from refine_control.errors import ModelError
 from refine_control.export.graph import Graph
 
 Feed = dict[str, np.ndarray]
-BIG = 1.9e9  # bytes; a file of protobuf ends at 2 GiB
+BIG = 1.5e9  # bytes; a file of protobuf ends at 2 GiB, and torch puts weights beside the graph from 1.5 GiB on
 WORTH_HALVING = 256  # numbers; smaller tensors stay as they are
 QUANTIZED = ["Conv", "MatMul", "Gemm"]
 
@@ -101,8 +101,14 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
     """
     with tempfile.TemporaryDirectory() as name:
         prepared = Path(name) / "prepared.onnx"
-        big = _bytes_beside(source) > BIG
-        how = {"skip_symbolic_shape": True, "skip_optimization": big, "save_as_external_data": big}
+        # Shapes and a tidied graph would be written to a folder that the weights beside the graph are not in.
+        big = _bytes_beside(source) > 0
+        how = {
+            "skip_symbolic_shape": True,
+            "skip_onnx_shape": big,
+            "skip_optimization": big,
+            "save_as_external_data": big,
+        }
         shape_inference.quant_pre_process(source, prepared, **how)
         quantize_static(
             prepared,
