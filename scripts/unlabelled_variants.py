@@ -39,13 +39,13 @@ def write(source: str, out: Path, change: Change | None = None, kind: str | None
     dataset = open_dataset(ROOT / "data" / source, "train")
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    (aside / "train").mkdir(parents=True)
+    aside.mkdir(parents=True)
     for index in tqdm(range(len(dataset)), desc=out.name, unit="picture"):
         if kind and f" {kind}" not in f" {dataset.text(index)}".split(",")[0]:
             continue
         picture = Image.fromarray(dataset[index].image)
         changed = change(picture).convert("RGB") if change else picture
-        (aside / "train" / f"{index:06d}.png").write_bytes(encode_png(np.asarray(changed)))
+        (aside / f"{index:06d}.png").write_bytes(encode_png(np.asarray(changed)))
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
 

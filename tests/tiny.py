@@ -132,7 +132,7 @@ def write_comparison(base: Path, rows: dict[str, Any] | None = None, **keys: Any
         "output_dir": str(base.parent / "compare"),
         "base": base.name,
         "seeds": [0],
-        "rows": rows or {"scratch": scratch, "refine-control": {}},
+        "rows": {"scratch": scratch, "refine-control": {}} if rows is None else rows,
     }
     path = base.with_name("compare.yaml")
     path.write_text(yaml.safe_dump(plan | keys, sort_keys=False), encoding="utf-8")

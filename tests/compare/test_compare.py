@@ -13,8 +13,9 @@ import tiny
 from refine_control import recipe as recipes
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare.plan import CompareRecipe, load, narrowed
-from refine_control.errors import RecipeError
+from refine_control.compare.plan import CompareRecipe, load
+from refine_control.distill.learner import Learner
+from refine_control.errors import RecipeError, UserError
 from refine_control.files import hold
 from refine_control.recipe import EvaluateConfig
 
@@ -85,13 +86,24 @@ def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_it_gives_the_same_table(base: Path, whole: Path, tmp_path: Path) -> None:
-    plan = plan_of(base, tmp_path)
-    comparing.compare(narrowed(plan, ["scratch"], [0]), {})
-    for late in ("results/scratch/seed-0/run.json", "work/scratch/seed-0/student"):  # killed in stage 2's last step
-        path = tmp_path / late
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(tmp_path / "work/scratch/seed-0/stage2/checkpoints/step-000002")
+def test_interrupted_and_resumed_it_gives_the_same_table(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first step of stage 2 of the second run."""
+    plan, save = plan_of(base, tmp_path), Learner.save
+
+    def save_and_stop(learner: Learner, step: int) -> None:
+        save(learner, step)
+        if learner.folder.parts[-4:-1] == ("refine-control", "seed-0", "stage2") and step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        comparing.compare(plan, {})
+    monkeypatch.undo()
+    left = tmp_path / "work/refine-control/seed-0"
+    assert [path.name for path in (left / "stage2/checkpoints").glob("step-*")] == ["step-000001"]
+    assert not (left / "student").exists()
     comparing.compare(plan, {})
     assert scores(tmp_path) == scores(whole)
 
@@ -106,9 +118,7 @@ def test_complete_runs_are_taken_as_they_are_without_their_students(base: Path, 
 
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
-    with pytest.raises(
-        RecipeError, match=r"run.json' is the result of another recipe, teacher, data or rival; remove it"
-    ):
+    with pytest.raises(RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method or rival"):
         comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
 
 
@@ -130,13 +140,31 @@ def test_a_rival_of_ones_own_is_a_file_and_a_line(base: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_network_of_a_rivals_own_is_trained_on_the_same_batches(base: Path, tmp_path: Path) -> None:
-    rows = {"feedforward": {"rival": "feedforward", "set": {"stage2.steps": 0}}, "refine-control": {}}
+    rows = {"feedforward": {"rival": "feedforward"}, "refine-control": {}}
     comparing.compare(plan_of(base, tmp_path, rows, seeds=(0,)), {})
     one = json.loads((tmp_path / "results/feedforward/seed-0/run.json").read_text())
     assert one["cost"]["params"] > 1e6
     assert one["trained_seconds"] > 0
     log = (tmp_path / "work/feedforward/seed-0/stage1/losses.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["step"] == 3
+    path = tmp_path / "odd.py"
+    path.write_text("def losses(seen, weights):\n    return {'loudness': seen.predicted.mean()}\n")
+    odd = plan_of(base, tmp_path / "odd", {"odd": {"rival": "odd"}}, seeds=(0,))
+    with pytest.raises(UserError, match="losses are named loudness; name them task, output or feature"):
+        comparing.compare(odd, {}, [path])
+
+
+def test_devices_are_not_mixed_in_a_table(base: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    path = tmp_path / "results/scratch/seed-1/run.json"
+    other = json.loads(path.read_text())
+    other["machine"]["gpu"] = "some GPU"
+    path.write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"runs are of different devices \(CPU, some GPU\)"):
+        comparing.compare(plan_of(base, tmp_path), {})
+    path.write_text("{torn")
+    with pytest.raises(UserError, match=r"cannot read '.*run.json'"):
+        comparing.compare(plan_of(base, tmp_path), {})
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import yaml
 
 import tiny
 from refine_control import recipe as recipes
-from refine_control.compare.plan import CompareRecipe, base_recipe, load, narrowed, runs
+from refine_control.compare.plan import base_recipe, load, narrowed, runs
 from refine_control.compare.rivals import known
 from refine_control.distill.alignment import automatic_map
 from refine_control.errors import RecipeError
@@ -69,6 +69,14 @@ def test_rows_set_keys_of_the_base_and_the_command_line_has_the_last_word(base: 
     assert rest == {"stage1.weights.output": "0.25"}
 
 
+def test_each_layer_lies_over_those_below_it(base: Path) -> None:
+    rows = {"a": {"set": {"stages.learning_rate": 0.2}}, "b": {"set": {"stage2.learning_rate": 0.3}}}
+    path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.1})
+    for given, expected in (({}, [0.2, 0.2, 0.1, 0.3]), ({"stages.learning_rate": "0.4"}, [0.4] * 4)):
+        found = [run.recipe for run in runs(*load(path, given))]
+        assert [stage.learning_rate for r in found for stage in (r.stage1, r.stage2)] == expected
+
+
 def test_seeds_come_in_turns_and_a_row_may_have_its_own(base: Path) -> None:
     rows = {"scratch": {"seeds": [4, 5, 6]}, "refine-control": {}, "telea": {"rival": "telea"}}
     plan, _ = load(tiny.write_comparison(base, rows, seeds=[0, 1]), {})
@@ -92,7 +100,8 @@ def test_mistakes_name_the_row_and_the_key(base: Path) -> None:
     assert "row 'a'" in (line := refused(tiny.write_comparison(base, {"a": {"set": {"stage1.stepz": 3}}})))
     assert "stage1.stepz" in line
     assert "teacher" in refused(tiny.write_comparison(base, {"teacher": {}}))
-    assert "name" in refused(tiny.write_comparison(base, {"../a": {}}))
+    for name in ("../a", "..", ".", "a/b", ""):
+        assert "name" in refused(tiny.write_comparison(base, {name: {}}))
     assert "path" in refused(tiny.write_comparison(base, {"a": {"rival": "../../evil"}}))
     assert "seed" in refused(tiny.write_comparison(base, seeds=[]))
     path = tiny.write_comparison(base)
@@ -117,5 +126,11 @@ def test_a_plain_sum_over_points_is_as_many_times_the_mean() -> None:
     assert by_row["distill-sd"].stage1.weights.feature == points / 2
 
 
-def test_the_recipe_needs_a_row() -> None:
-    assert CompareRecipe(output_dir="x", base="y", rows={"a": {}}).label("a") == "a"  # type: ignore[dict-item]
+def test_the_recipe_needs_a_row(base: Path) -> None:
+    assert "one row or more" in refused(tiny.write_comparison(base, rows={}))
+
+
+def test_held_out_pictures_are_the_bases_whatever_rows_learn_from(base: Path) -> None:
+    plan, rest = load(tiny.write_comparison(base, {"a": {}}, set={"data.unlabelled": ["x", "y"]}), {})
+    assert base_recipe(plan, rest).data.unlabelled is None
+    assert runs(plan, rest)[0].recipe.data.unlabelled == ("x", "y")

@@ -125,5 +125,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="defines nothing; it must define one of: losses, fill, Network"):
         find("empty", [tmp_path / "empty.py"])
+    (tmp_path / "broken.py").write_text("import nowhere_at_all")
+    with pytest.raises(UserError, match="cannot be run: ModuleNotFoundError: No module named 'nowhere_at_all'"):
+        find("broken", [tmp_path / "broken.py"])
     with pytest.raises(UserError, match="cannot read rival"):
         find("gone", [tmp_path / "gone.py"])

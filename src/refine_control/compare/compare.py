@@ -13,7 +13,7 @@ from refine_control.compare.speed import STAGES, measure_once, minutes
 from refine_control.compare.summary import summarise
 from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import refuse_processes
-from refine_control.errors import BusyError
+from refine_control.errors import BusyError, RecipeError
 
 
 def compare(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
@@ -76,7 +76,12 @@ def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> 
     """The teacher's run and all others. Every rival is read first: a mistake there should not cost the rows before."""
     found = {name: shop.find(row.rival) for name, row in plan.rows.items() if row.rival}
     rest = runs(plan, overrides, once=[name for name, rival in found.items() if rival.fill])
-    base = with_known_commits(shop.base, rest[0].work)
+    for run in rest:
+        if run.rival and found[run.row].fill and "inpaint" not in run.recipe.data.controls:
+            raise RecipeError(f"row '{run.row}' inpaints, but data.controls has no 'inpaint'; leave the row out")
+    base = shop.base
+    for run in rest:
+        base = with_known_commits(base, run.work)
     pinned = {"teacher": base.teacher, "controlnets": base.controlnets}
     out, work = (Path(folder) / TEACHER / "seed-0" for folder in (plan.output_dir, plan.work_dir or plan.output_dir))
     teacher = Run(TEACHER, 0, base, None, out, work)
@@ -86,12 +91,7 @@ def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> 
 def _trained(todo: Sequence[Run], shop: Workshop) -> list[Run]:
     """The first run of each row that is trained."""
     first = {run.row: run for run in reversed(todo)}
-    return [run for run in todo if run is first[run.row] and run.row != TEACHER and not _needs_no_training(run, shop)]
-
-
-def _needs_no_training(run: Run, shop: Workshop) -> bool:
-    rival = shop.rival(run)
-    return rival is not None and rival.fill is not None
+    return [run for run in todo if run is first[run.row] and shop.is_trained(run)]
 
 
 def _speed_file(plan: CompareRecipe) -> Path:

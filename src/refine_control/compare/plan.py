@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +55,10 @@ class CompareRecipe(Config):
     @field_validator("rows")
     @classmethod
     def _names_are_folders(cls, value: dict[str, RowPlan]) -> dict[str, RowPlan]:
+        if not value:
+            raise ValueError("give one row or more")
         for name in value:
-            if not name.replace("-", "_").replace(".", "_").isidentifier() or name == TEACHER:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) or name == TEACHER:
                 raise ValueError(f"'{name}' is no name for a row: letters, digits, '-' and '.'; '{TEACHER}' is taken")
         return value
 
@@ -100,8 +103,8 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
 
 
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
-    """What every row starts from."""
-    return _recipe(plan, {**plan.set, **overrides})
+    """The base alone: it names the teacher, and the held-out pictures of every row."""
+    return _recipe(plan, [overrides])
 
 
 def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = ()) -> list[Run]:
@@ -115,15 +118,19 @@ def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = (
         seeds = row.seeds or plan.seeds
         for place, seed in enumerate(seeds[:1] if name in once else seeds):
             part = f"{name}/seed-{seed}"
-            values = {**plan.set, **row.set, **overrides, "seed": seed, "output_dir": str(work / part)}
-            run = Run(name, seed, _recipe(plan, values, f"row '{name}'"), row.rival, out / part, work / part)
+            layers = [plan.set, row.set, overrides, {"seed": seed, "output_dir": str(work / part)}]
+            run = Run(name, seed, _recipe(plan, layers, f"row '{name}'"), row.rival, out / part, work / part)
             ordered.setdefault(place, []).append(run)
     return [run for place in sorted(ordered) for run in ordered[place]]
 
 
-def _recipe(plan: CompareRecipe, values: dict[str, Any], origin: str = "") -> DistilRecipe:
-    both = {key: [key.replace("stages.", f"{name}.", 1) for name in ("stage1", "stage2")] for key in values}
-    each = {one: value for key, value in values.items() for one in (both[key] if key.startswith("stages.") else [key])}
-    tree = read_tree(plan.base, each)
+def _recipe(plan: CompareRecipe, layers: Sequence[Mapping[str, Any]], origin: str = "") -> DistilRecipe:
+    """The base with layers of dotted keys over it, the last on top."""
+    laid: dict[str, Any] = {}
+    for key, value in (item for layer in layers for item in layer.items()):
+        for one in [f"stage{n}.{key[7:]}" for n in (1, 2)] if key.startswith("stages.") else [key]:
+            laid.pop(one, None)  # so that it comes after what the layers below set
+            laid[one] = value
+    tree = read_tree(plan.base, laid)
     tree.setdefault("output_dir", plan.output_dir)
     return validate(DistilRecipe, tree, f"recipe '{plan.base}'" + (f", {origin}" if origin else ""))

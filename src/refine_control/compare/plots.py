@@ -1,26 +1,30 @@
-"""Quality against what it costs: MACs of a step, and the time of training. Spread as bars."""
+"""Quality against what it costs: MACs of a picture, and the time of training. Spread as bars."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from refine_control.evaluate.report import Row
 
-COSTS = {"macs": ("MACs of a forward", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
+COSTS = {"macs": ("MACs of a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
 
 
-def plot(rows: list[Row], cost: str, path: Path) -> None:
-    """One panel for each domain and metric, in the hole; a point for each row that has this cost."""
+def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Path) -> None:
+    """One panel for each domain and metric, in the hole; a point for each row that has this cost.
+
+    cost: one of COSTS. costs: row -> what it costs, None for nothing.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    shown = [row for row in rows if getattr(row, cost)]
-    domains = list(dict.fromkeys(domain for row in shown for domain in row.scores))
-    metrics = list(dict.fromkeys(m for row in shown for scores in row.scores.values() for m in scores))
+    shown = {row.name: (row, x) for row in rows if (x := costs[row.name])}
+    domains = list(dict.fromkeys(domain for row, _ in shown.values() for domain in row.scores))
+    metrics = list(dict.fromkeys(m for row, _ in shown.values() for scores in row.scores.values() for m in scores))
     if not shown:
         return
     title, scale, unit = COSTS[cost]
@@ -30,8 +34,8 @@ def plot(rows: list[Row], cost: str, path: Path) -> None:
     colours = {row.name: palette[place % len(palette)] for place, row in enumerate(rows)}  # alike in every plot
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
-            for row in shown:
-                _point(axes[i, j], row, domain, metric, getattr(row, cost) / scale, colours[row.name])
+            for row, x in shown.values():
+                _point(axes[i, j], row, domain, metric, x / scale, colours[row.name])
             axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
             axes[i, j].tick_params(labelsize=7)
             if cost == "macs":

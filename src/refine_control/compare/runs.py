@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +16,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refine_control import __version__
 from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
-from refine_control.distill.distil import OURS, Distiller, with_known_commits
+from refine_control.distill.distil import OURS, Distiller
 from refine_control.distill.loop import train
-from refine_control.distill.stages import Method
-from refine_control.errors import RecipeError
+from refine_control.distill.stages import VERSION, Method
+from refine_control.errors import BusyError, DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
@@ -45,6 +45,7 @@ class Workshop:
     rivals: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
+        self.commit = _commit()  # now, before anybody changes what is running
         self._distillers: dict[str, Distiller] = {}
         self._found: dict[str, Rival] = {}
 
@@ -66,77 +67,94 @@ class Workshop:
     def rival(self, run: Run) -> Rival | None:
         return self.find(run.rival) if run.rival else None
 
-    @cached_property
-    def commit(self) -> str:
-        """Of the code, with '+' behind it where that was changed since; '' outside a clone."""
-        try:
-            said = [
-                "git",
-                "-C",
-                str(Path(__file__).parent),
-                "describe",
-                "--always",
-                "--abbrev=12",
-                "--dirty=+",
-                "--exclude=*",
-            ]
-            return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
+    def is_trained(self, run: Run) -> bool:
+        """Whether the row learns: the teacher and inpainting without training need no second seed."""
+        rival = self.rival(run)
+        return run.row != TEACHER and (rival is None or rival.fill is None)
+
+
+def _commit() -> str:
+    """Of the code, with '+' behind it where that was changed since; '' outside a clone."""
+    source = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def result_of(run: Run) -> dict[str, Any] | None:
-    """The run's result, None where it is not complete."""
+    """The run's result, None where it is not complete. Raises DataError where it cannot be read."""
     path = run.out / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise DataError(f"cannot read '{path}' ({error}); remove it, then the run is made anew") from None
 
 
 def finish(run: Run, shop: Workshop) -> dict[str, Any]:
     """Trains and scores a run, or takes its result as it is when it is complete and of this recipe.
 
     Raises:
-        RecipeError: the result that is there is of another recipe, teacher, data or rival.
-        UserError: another process is at the run.
+        RecipeError: the result that is there is of another recipe, teacher, data, method or rival.
+        BusyError: another process is at the run.
     """
     with hold(run.work):
         distiller, rival = shop.distiller(run.recipe), shop.rival(run)
-        recipe = distiller.pinned(with_known_commits(run.recipe, run.work))
+        recipe = distiller.pinned(run.recipe)
         method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
         made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
-        identity = digest_of(recipe, made_by, shop.domains)
+        identity = digest_of(recipe if shop.is_trained(run) else None, recipe, made_by, shop.domains)
         kept = result_of(run)
         if kept is not None:
             if kept["identity"] != identity:
                 raise RecipeError(
-                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data or rival; "
+                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method or rival; "
                     "remove it, or choose another output_dir"
                 )
             return kept
-        domains = shop.domains
-        if run.row == TEACHER:
-            scored = _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
-        elif rival and rival.fill:
-            scored = _scored_pictures(rival.fill, domains, run)
-        elif rival and rival.network:
-            scored = _trained_network(rival, distiller, domains, recipe, run)
-        else:
-            share_stage1(recipe, run.work, method, distiller)
-            student = distiller.run_held(recipe, run.work, method)
-            scored = _scored_model(str(student), domains, recipe, run)
         result = {
             "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
-            "machine": machine(), "rival": run.rival, "recipe": recipe.model_dump(mode="json"), "contents": made_by,
-            "trained_seconds": trained_seconds(run.work), **scored,
+            "machine": machine(), "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
+            "recipe": recipe.model_dump(mode="json"), **_scored(run, recipe, distiller, rival, method, shop.domains),
+            "trained_seconds": trained_seconds(run.work),
         }  # fmt: skip
         write_whole(run.out / "run.json", json.dumps(_rounded(result)))
         return result
 
 
-def digest_of(recipe: DistilRecipe, made_by: dict[str, str], domains: dict[str, Domain]) -> str:
-    """Of all that decides a result: what is learnt of what, and how and on what it is scored."""
+def digest_of(
+    trained: DistilRecipe | None, recipe: DistilRecipe, made_by: dict[str, str], domains: dict[str, Domain]
+) -> str:
+    """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
     scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
-    return hashlib.sha256(json.dumps([learnt(recipe), made_by, scored], sort_keys=True).encode()).hexdigest()
+    learning = [VERSION, learnt(trained)] if trained else None
+    return hashlib.sha256(json.dumps([learning, made_by, scored], sort_keys=True).encode()).hexdigest()
+
+
+def _scored(
+    run: Run,
+    recipe: DistilRecipe,
+    distiller: Distiller,
+    rival: Rival | None,
+    method: Method,
+    domains: dict[str, Domain],
+) -> dict[str, Any]:
+    """{"cost", "settings", "domains"} of a run, after what training it takes."""
+    if run.row == TEACHER:
+        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
+    if rival and rival.fill:
+        return _scored_pictures(rival.fill, domains, run)
+    if rival and rival.network:
+        return _trained_network(rival, distiller, domains, recipe, run)
+    share_stage1(recipe, run.work, method, distiller)
+    return _scored_model(str(distiller.run_held(recipe, run.work, method)), domains, recipe, run)
 
 
 def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
@@ -145,14 +163,17 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
     for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
-        if not (begun.parent / finished).is_dir() or not (begun.parent / "contents.json").is_file():
+        if begun.parent == folder or not (begun.parent / finished).is_dir():
             continue
-        theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
-        contents = json.loads((begun.parent / "contents.json").read_text(encoding="utf-8"))
-        if learnt(theirs) == learnt(recipe) and contents == ours:
+        with suppress(BusyError), hold(begun.parent):  # who trains there prunes checkpoints under our hands
+            theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
+            contents = begun.with_name("contents.json")
+            if learnt(theirs) != learnt(recipe) or not contents.is_file() or json.loads(contents.read_text()) != ours:
+                continue
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(begun.parent / "stage1", aside)
+            distiller.claim(recipe, folder, method)
             aside.rename(folder / "stage1")
             return
 
@@ -184,14 +205,15 @@ def _scored_pictures(
 def _trained_network(
     rival: Rival, distiller: Distiller, domains: dict[str, Domain], recipe: DistilRecipe, run: Run
 ) -> dict[str, Any]:
-    """A network of a rival's own, on the batches of stage 1, for stage1.steps."""
+    """A network of a rival's own, on the batches of both stages."""
     assert rival.network is not None
     torch.manual_seed(recipe.seed)
     network: Any = rival.network().to(distiller.teacher.device)
-    loader = distiller.loader(recipe, recipe.stage1, "stage1")
     distiller.claim(recipe, run.work, Method(digest=rival.digest))
-    train(run.work / "stage1", network, {"task": 1.0}, loader, recipe.stage1, recipe.run)
-    save_file(network.state_dict(), run.work / "network.safetensors")
+    for name in ("stage1", "stage2"):
+        stage = getattr(recipe, name)
+        if stage.steps:
+            train(run.work / name, network, {"task": 1.0}, distiller.loader(recipe, stage, name), stage, recipe.run)
 
     @torch.no_grad()
     def fill(images: Tensor, masks: Tensor) -> Tensor:

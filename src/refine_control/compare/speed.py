@@ -19,34 +19,37 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.runs import Workshop
 from refine_control.diffusion.model import Model
 from refine_control.distill.distil import OURS
 from refine_control.distill.learner import Learner
 from refine_control.distill.loop import take_step
-from refine_control.distill.processes import gather
+from refine_control.distill.processes import gather, share_out
 from refine_control.distill.stages import Distillation
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
 from refine_control.recipe import StageConfig
 
-TURNS, WARM = 7, 2  # of which the first are not counted
+ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its first turns are not counted
 STAGES = ("stage1", "stage2")
 
 
 def measure_once(path: Path, runs: Sequence[Run], shop: Workshop) -> dict[str, Any]:
     """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine"}: as it was measured before, in `path`, where
-    that had these rows with these recipes."""
-    recipes = {run.row: {"recipe": learnt(run.recipe) | {"seed": None}, "rival": run.rival} for run in runs}
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if kept and recipes.items() <= kept["recipes"].items():
-        return kept
+    that had these rows with these recipes, on such a machine."""
+    recipes = {run.row: {stage: _kind(run, stage) for stage in STAGES} for run in runs}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
+            return kept
+    except (OSError, ValueError, KeyError):  # not there, torn, or of another version
+        pass
     measured = {
         "step_ms": step_times(runs, shop),
         "forward_ms": forward_times(runs, shop),
+        "rounds": ROUNDS,
         "turns": TURNS,
         "machine": machine(),
         "recipes": recipes,
@@ -56,25 +59,41 @@ def measure_once(path: Path, runs: Sequence[Run], shop: Workshop) -> dict[str, A
 
 
 def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float]]:
-    """Row -> {"stage1": ms, "stage2": ms} of one step, medians; stages without steps are left out."""
-    taken: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        steps = {
-            (run.row, stage): _step(run, stage, shop, Path(scratch) / run.row / stage)
-            for run in tqdm(runs, desc="timing a step of each row", unit="row")
-            for stage in STAGES
-            if getattr(run.recipe, stage).steps
-        }
-        for turn in range(TURNS + WARM):
-            for key, step in steps.items():
-                began = time.perf_counter()
-                step(turn)
-                if turn >= WARM:
-                    taken.setdefault(key, []).append(1e3 * (time.perf_counter() - began))
+    """Row -> {"stage1": ms, "stage2": ms} of one step, medians; stages without steps are left out.
+
+    Rows whose steps do the same work are measured once. One learner is in memory at a time.
+    """
+    steps = {(run.row, stage): run for run in runs for stage in STAGES if getattr(run.recipe, stage).steps}
+    kinds = {_kind(run, stage): (run, stage) for (_, stage), run in steps.items()}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in tqdm(range(ROUNDS), desc=f"timing {len(kinds)} kinds of steps", unit="round"):
+        for kind, (run, stage) in kinds.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                step = _step(run, stage, shop, Path(scratch))
+                for turn in range(WARM + TURNS):
+                    began = time.perf_counter()
+                    step(turn)
+                    if turn >= WARM:
+                        taken[kind].append(1e3 * (time.perf_counter() - began))
     times: dict[str, dict[str, float]] = {}
-    for (row, stage), ms in taken.items():
-        times.setdefault(row, {})[stage] = float(np.median(ms))
+    for (row, stage), run in steps.items():
+        times.setdefault(row, {})[stage] = float(np.median(taken[_kind(run, stage)]))
     return times
+
+
+def _kind(run: Run, name: str) -> str:
+    """What decides how long a step takes."""
+    recipe, stage = run.recipe, getattr(run.recipe, name)
+    terms = [term for term, weight in stage.weights.model_dump().items() if weight]
+    parts = [
+        recipe.student,
+        recipe.alignment,
+        stage.batch_size,
+        stage.labelled_fraction,
+        run.rival,
+        recipe.run.model_dump(),
+    ]
+    return f"{terms} {parts}"
 
 
 def forward_times(runs: Sequence[Run], shop: Workshop) -> dict[str, float]:
@@ -114,11 +133,12 @@ def _step(run: Run, name: str, shop: Workshop, folder: Path) -> Callable[[int], 
         losses = rival.losses if rival and rival.losses else OURS.losses
         objective = Distillation(student, distiller.teacher, bridges, distiller.encoder, stage, losses=losses)
         weights = stage.weights.model_dump()
-    loader = distiller.loader(recipe, stage, "speed")
-    learner = Learner(objective, weights, stage, recipe.run, gather(distiller.teacher.device), folder)
+    team = gather(distiller.teacher.device)
+    batches = share_out(distiller.loader(recipe, stage, "speed"), stage, recipe.run, team)
+    learner = Learner(objective, weights, stage, recipe.run, team, folder)
 
     def step(turn: int) -> None:
-        take_step(learner, 0, [loader(turn % WARM)], weights)  # met while warming up, so that all is in memory
+        take_step(learner, 0, batches(turn % WARM), weights)  # met while warming up, so that all is in memory
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -40,37 +40,37 @@ def metrics_of(results: Results) -> dict[str, list[str]]:
     return {domain: list(scored["metrics"]) for domain, scored in next(iter(results.values()))["domains"].items()}
 
 
-def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str = "hole") -> dict[str, Any]:
+def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str = "hole") -> dict[str, Any] | None:
     """How much better ours is than theirs (above 0: better, whatever the metric's sense), seed by seed.
 
     mean, sd of the gain; won of n seeds; p_seeds of a paired t-test where there are 3 seeds or more; p_images of a
-    Wilcoxon test over images, each averaged over the seeds, for metrics that every image has. A rival that needs no
-    seeds (classical inpainting) is met by every seed of ours.
+    Wilcoxon test over images, each averaged over the seeds, for metrics that every image has. A row that is not trained
+    (classical inpainting) is met by every seed of ours. None where they have no seed in common.
     """
-    single = next(iter(theirs.values())) if len(theirs) == 1 else None
-    seeds = [seed for seed in ours if seed in theirs or single]
-    up = sign(metric)
-    pairs = [
-        (value(ours[s], domain, metric, region), value(single or theirs[s], domain, metric, region)) for s in seeds
-    ]
-    gains = [up * (a - b) for a, b in pairs]
-    result: dict[str, Any] = {
+    one = next(iter(theirs.values()))
+    met = theirs if one["is_trained"] else dict.fromkeys(ours, one)
+    pairs = [(mine, met[seed]) for seed, mine in ours.items() if seed in met]
+    if not pairs:
+        return None
+    scores = [(value(a, domain, metric, region), value(b, domain, metric, region)) for a, b in pairs]
+    gains = [sign(metric) * (a - b) for a, b in scores]
+    tested = one["is_trained"] and len(pairs) > 2
+    return {
         "mean": statistics.mean(gains),
         "sd": statistics.stdev(gains) if len(gains) > 1 else None,
         "won": sum(gain > 0 for gain in gains),
         "n": len(gains),
-        "p_seeds": float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if len(pairs) > 2 and not single else None,
-        "p_images": None,
+        "p_seeds": float(ttest_rel(*zip(*scores, strict=True)).pvalue) if tested else None,
+        "p_images": _over_images(pairs, domain, metric, region),
     }
-    per_image = [
-        [one["domains"][domain]["per_image"].get(metric, {}).get(region) for one in (ours[s], single or theirs[s])]
-        for s in seeds
-    ]
-    if all(a and b for a, b in per_image):
-        mine, other = (np.mean([pair[side] for pair in per_image], axis=0) for side in (0, 1))
-        if np.any(mine != other):
-            result["p_images"] = float(wilcoxon(mine, other).pvalue)
-    return result
+
+
+def _over_images(pairs: list[tuple[Any, Any]], domain: str, metric: str, region: str) -> float | None:
+    per_image = [[r["domains"][domain]["per_image"].get(metric, {}).get(region) for r in pair] for pair in pairs]
+    if not all(a and b for a, b in per_image):
+        return None
+    mine, other = (np.mean([pair[side] for pair in per_image], axis=0) for side in (0, 1))
+    return float(wilcoxon(mine, other).pvalue) if np.any(mine != other) else None
 
 
 def beyond_spread(found: dict[str, Any]) -> int:
@@ -81,5 +81,8 @@ def beyond_spread(found: dict[str, Any]) -> int:
 
 
 def closed(teacher: float, scratch: float, student: float) -> float:
-    """How much of the way from scratch to the teacher a student went: 0 at scratch, 1 at the teacher."""
-    return (scratch - student) / (scratch - teacher) if scratch != teacher else 1.0
+    """How much of the way from scratch to the teacher a student went, less is better: 0 at scratch, 1 at the teacher,
+    1 too for a student as good as the teacher or better, 0 where the teacher itself is not better than scratch."""
+    if student <= teacher:
+        return 1.0
+    return (scratch - student) / (scratch - teacher) if scratch > teacher else 0.0

@@ -14,13 +14,14 @@ from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_
 from refine_control.compare.speed import STAGES, minutes
 from refine_control.compare.statistics import Results, over_seeds
 from refine_control.compare.tables import markdown
+from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain
 from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
 from refine_control.files import write_whole
 
 DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
 PLOTS = {
-    "macs": "Scores in the hole against the MACs of a forward; bars: standard deviation over seeds.",
+    "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds.",
     "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step).",
 }
 
@@ -32,6 +33,9 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     for run in todo:
         if (result := result_of(run)) is not None:
             results.setdefault(run.row, {})[run.seed] = result
+    if not results:
+        return "no run is complete yet; another process is at all of them\n"
+    _refuse_mixed_devices(results)
     first = {run.row: run for run in reversed(todo) if run.row in results}
     domains = shop.domains
     rows = [_row(name, plan, first[name], results[name], times, domains) for name in results]
@@ -48,21 +52,41 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     write_table(rows, out / "table.csv")
     text = markdown(title, plan, rows, results, found, provenance)
     write_whole(out / "table.md", text)
-    for cost in PLOTS:
-        plot(rows, cost, out / f"{cost}.png")
+    plot(rows, "macs", {row.name: _macs_of_a_picture(row, first[row.name], shop) for row in rows}, out / "macs.png")
+    plot(rows, "wall_seconds", {row.name: row.wall_seconds for row in rows}, out / "wall_seconds.png")
     write_report(_page(title, plan, rows, first, domains, found, provenance, results), out / "report.html")
     return text_table(rows)
 
 
+def _refuse_mixed_devices(results: Mapping[str, Results]) -> None:
+    devices = {result["machine"]["gpu"] or "CPU" for some in results.values() for result in some.values()}
+    if len(devices) > 1:
+        raise UserError(f"the runs are of different devices ({', '.join(sorted(devices))}); give each an output_dir")
+
+
+def _macs_of_a_picture(row: Row, run: Run, shop: Workshop) -> float | None:
+    """Of foundation and module, at every step, twice with guidance; a network of a rival's own draws in one forward."""
+    rival, sample = shop.rival(run), run.recipe.sample
+    calls = 1 if rival and rival.network else sample.num_inference_steps * (2 if sample.guidance_scale > 1 else 1)
+    return row.macs * calls if row.macs else None
+
+
 def _is_distilled(name: str, plan: CompareRecipe, first: Mapping[str, Run], shop: Workshop) -> bool:
-    """A row that distils the same teacher into the same student for as many steps by another loss or other data."""
+    """A row that distils the same teacher into the same student for as many steps by another loss."""
     if name in (TEACHER, plan.ours) or plan.ours not in first:
         return False
     run, ours, rival = first[name], first[plan.ours], shop.rival(first[name])
+    if rival is None and _loss(run) == _loss(ours):
+        return False  # the method itself, on other data
     teaches = any(getattr(run.recipe, s).weights.output or getattr(run.recipe, s).weights.feature for s in STAGES)
     steps = [sum(getattr(one.recipe, stage).steps for stage in STAGES) for one in (run, ours)]
     same = run.recipe.student == ours.recipe.student and steps[0] == steps[1]
     return teaches and same and (rival is None or rival.losses is not None)
+
+
+def _loss(run: Run) -> list[Any]:
+    recipe = run.recipe
+    return [recipe.alignment, recipe.feature_norm, recipe.init, *(getattr(recipe, s).weights for s in STAGES)]
 
 
 def _row(
@@ -119,13 +143,13 @@ def _page(
     chosen = {name: shown_of(len(domain.heldout.true)) for name, domain in domains.items()}
     curves = {n: [run.work / s / "losses.jsonl" for s in STAGES] for n, run in first.items()}
     counts = sorted({len(some) for name, some in results.items() if name != TEACHER})
-    student = next((row for row in rows if row.name == plan.ours), rows[-1])
+    teacher, student = ({row.name: row for row in rows}.get(name, rows[0]) for name in (TEACHER, plan.ours))
     return ReportData(
         title=title,
         lead=(
-            f"A teacher of {rows[0].params or 0:,} parameters was distilled into a student of {student.params or 0:,}. "
-            "Every row saw the same masks and noise, and is drawn with the same sampler from the same noise. Scores "
-            f"are means over {' or '.join(map(str, counts))} training seed(s), on held-out pictures."
+            f"A teacher of {teacher.params or 0:,} parameters was distilled into a student of {student.params or 0:,}. "
+            "Every student saw the same masks and noise and is drawn with the same sampler from the same noise. "
+            f"Scores are means over {' or '.join(map(str, counts))} training seed(s), on held-out pictures."
         ),
         rows=rows,
         truth={name: domain.heldout.true[chosen[name]] for name, domain in domains.items()},

@@ -76,7 +76,8 @@ def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
     ]
     for rival in (name for name in results if name not in (plan.ours, TEACHER)):
         for domain in metrics_of(ours):
-            cells = [_gain(duel(ours, results[rival], domain, m)) for m in metrics]
+            found = [duel(ours, results[rival], domain, m) for m in metrics]
+            cells = ["–" if one is None else _gain(one) for one in found]
             lines.append(f"| {plan.label(rival)} | {domain} | " + " | ".join(cells) + " |")
     return lines
 

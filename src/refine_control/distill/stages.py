@@ -28,6 +28,7 @@ from refine_control.distill.alignment import Bridges
 from refine_control.distill.draw import Draw, draw
 from refine_control.distill.loop import Losses
 from refine_control.distill.losses import feature_loss, output_loss, task_loss
+from refine_control.errors import UserError
 from refine_control.recipe import LossWeights, StageConfig
 
 Inputs = tuple[Tensor, Tensor, Text, Tensor]  # x_t, t, text, control
@@ -70,8 +71,11 @@ def tri_level(seen: Seen, weights: LossWeights) -> Losses:
 LossFunction = Callable[[Seen, LossWeights], Losses]
 
 
+VERSION = 1  # of what is learnt from a recipe: raise it where the same recipe gives other weights
+
+
 class Method(NamedTuple):
-    """How a step's loss is made, and what changes with the code that makes it ('' for ours, which has a version)."""
+    """How a step's loss is made, and what changes with the code that makes it ('' for ours, which has VERSION)."""
 
     losses: LossFunction = tri_level
     digest: str = ""
@@ -114,7 +118,10 @@ class Distillation(nn.Module):
         weight = self.schedule.row_weight(d.t, self.stage.snr_gamma)
         has_task = torch.ones_like(weight) if self.stage.task_on_unlabelled else batch.labelled.to(weight)
         seen = Seen(predicted, d.target, taught, weight, has_task, batch.mask, taps.features, features, bridges)
-        return self.losses(seen, weights)
+        terms = self.losses(seen, weights)
+        if odd := terms.keys() - LossWeights.model_fields.keys():
+            raise UserError(f"a rival's losses are named {', '.join(sorted(odd))}; name them task, output or feature")
+        return terms
 
     @torch.no_grad()
     def _teach(self, batch: Batch, inputs: Inputs, points: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:

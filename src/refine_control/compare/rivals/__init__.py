@@ -2,7 +2,8 @@
 
 A file defines one of
 
-    losses(seen, weights)   another loss for the same student, see `Seen` in distill/stages.py: distillation rivals
+    losses(seen, weights)   another loss for the same student, see `Seen` in distill/stages.py: distillation rivals; its
+                            terms are named task, output or feature, and take the recipe's weights of these
     fill(images, masks)     inpainting without training: (N, 3, H, W) in [0, 1], (N, 1, H, W), 1 = hole -> (N, 3, H, W)
     Network()               a network of its own, see feedforward.py; trained on the same batches by the same loop
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from refine_control.distill.stages import LossFunction
 from refine_control.errors import RecipeError, UserError
+from refine_control.evaluate import baselines
 
 KINDS = ("losses", "fill", "Network")
 
@@ -59,7 +61,8 @@ def find(name: str, more: Sequence[Path] = ()) -> Rival:
         raise UserError(
             f"rival '{path}' defines {', '.join(found) or 'nothing'}; it must define one of: {', '.join(KINDS)}"
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    shared = Path(baselines.__file__).read_bytes() if "fill" in found else b""  # most fills are a line that calls it
+    digest = hashlib.sha256(path.read_bytes() + shared).hexdigest()
     return Rival(name, digest, found.get("losses"), found.get("fill"), found.get("Network"))
 
 
@@ -68,5 +71,10 @@ def _imported(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"cannot read rival '{path}'; give a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"rival '{path}' cannot be run: {type(error).__name__}: {error}") from None
     return module

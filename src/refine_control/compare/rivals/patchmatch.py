@@ -6,15 +6,15 @@ from torch import Tensor
 from refine_control.errors import UserError
 from refine_control.evaluate.baselines import fill_each
 
+try:
+    from patchmatch import patch_match
+except ImportError:
+    raise UserError("the rival patchmatch needs a package: pip install 'refine-control[compare]'") from None
+
 RADIUS = 3  # of a patch, as in the package's examples
 
 
 def fill(images: Tensor, masks: Tensor) -> Tensor:
-    try:
-        from patchmatch import patch_match
-    except ImportError:
-        raise UserError("the row patchmatch needs the package pypatchmatch: pip install pypatchmatch") from None
-
     def one(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         patch_match.set_random_seed(0)
         as_bytes = np.ascontiguousarray((picture * 255).round().astype(np.uint8))
