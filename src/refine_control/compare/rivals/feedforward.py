@@ -1,7 +1,7 @@
 """A feed-forward inpainting network of the student's size, trained by regression: no diffusion, no teacher, no text.
 
-A U-Net of residual blocks on the picture with its hole at 0 and the mask beside it, at half the resolution, so that a step
-is no longer than one of distillation. L1 in the hole, a tenth of it outside, as inpainting networks weight them (LaMa,
+A U-Net of residual blocks on the picture with its hole at 0 and the mask beside it, at half the resolution: a step is
+no longer than one of distillation. L1 in the hole, a tenth of it outside, as inpainting networks weight them (LaMa,
 2109.07161, less its adversary).
 """
 
