@@ -252,6 +252,27 @@ def test_scores_of_pictures_that_were_trained_on_are_called_so(
     assert capsys.readouterr().err.count("pictures that were trained on") == 2
 
 
+def test_kept_scores_that_are_damaged_are_made_anew(workplace: Path, tmp_path: Path) -> None:
+    argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml")]
+    assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+    (kept,) = tmp_path.rglob("evaluation.json")
+    whole = kept.read_text(encoding="utf-8")
+    for damage in (whole[:100], "[]", "\udcff"):
+        kept.write_text(damage, encoding="utf-8", errors="surrogateescape")
+        assert main([*argv, "--output_dir", str(tmp_path)]) == 0
+        assert kept.read_text(encoding="utf-8") == whole
+
+
+def test_one_picture_is_too_few_to_be_scored_on(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml")]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    assert "'evaluate.images' = 1" in refused(capsys, *argv, "--evaluate.images", "1")
+    one = tiny.write_folder(tmp_path / "one", 1)
+    assert "give 2 or more" in refused(capsys, *argv, "--data.labelled", str(one))
+
+
 def refused_filling(capsys: pytest.CaptureFixture[str], model: Path, folder: Path, size: tuple[int, int]) -> str:
     """A picture of a size, an empty mask of 16x16; nothing is written."""
     Image.new("RGB", size).save(folder / "picture.png")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,36 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "old"
 
 
+def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process begins, and ends, while this one has its text aside."""
+    path, true = tmp_path / "a.json", files.sync
+
+    def meanwhile(aside: Path) -> None:
+        true(aside)
+        monkeypatch.setattr(files, "sync", true)
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        files.write_whole(path, "theirs")
+
+    monkeypatch.setattr(files, "sync", meanwhile)
+    files.write_whole(path, "ours")
+    assert path.read_text(encoding="utf-8") == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_killed_writers_left_does_not_pile_up(tmp_path: Path) -> None:
+    for number, age in ((1, 2 * files.LEFTOVER_SECONDS), (2, 0)):
+        left = tmp_path / f".a.json.{number}.tmp"
+        left.write_text("half", encoding="utf-8")
+        os.utime(left, (time.time() - age,) * 2)
+    files.write_whole(tmp_path / "a.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.2.tmp", "a.json"], "2 may still be writing"
+
+
 def holding(folder: Path, then: str) -> subprocess.Popen[str]:
     """Another process that holds the folder, says so, and goes on."""
     code = f"""
 import sys
+import time
 from pathlib import Path
 from refine_control.files import hold
 with hold(Path({str(folder)!r})):

@@ -8,6 +8,7 @@ import yaml
 
 from refine_control.claim import claim
 from refine_control.errors import RecipeError
+from refine_control.plans import Config
 from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, load, save, validate
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -210,6 +211,15 @@ def test_an_unknown_key_is_named_beside_the_known(small: Path, key: str, known: 
     assert f"unknown key '{key}'; known here: " in message
     assert known in message
     assert str(small) in message
+
+
+def test_an_unknown_key_in_a_config_that_the_user_names() -> None:
+    class Rows(Config):
+        rows: dict[str, StageConfig]
+
+    for name in ("a", "steps"):
+        with pytest.raises(RecipeError, match=rf"unknown key 'rows\.{name}\.step'; known here: steps, batch_size"):
+            validate(Rows, {"rows": {name: {"step": 1}}}, "plan")
 
 
 @pytest.mark.parametrize(

@@ -79,17 +79,40 @@ def test_what_a_later_version_wrote_says_so(tmp_path: Path, found: object) -> No
     golden = GOLDEN / FORMATS[-1]
     recipe = yaml.safe_load((golden / "student.yaml").read_text()) | {"format": found, "what": "only later ones know"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(RecipeError, match=rf"is of format {found!r}, not 1; use the refine-control it is of"):
+    with pytest.raises(RecipeError, match=rf"is of format {found!r}, not 1 or before; install a later refine-control"):
         load(DistilRecipe, tmp_path / "recipe.yaml")
     shutil.copytree(golden / "model", tmp_path / "model")
     index = json.loads((golden / "model/model_index.json").read_text()) | {"_refine_control_format": found}
     (tmp_path / "model/model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=rf"it is of format {found!r}, not 1; use the refine-control it is of"):
+    with pytest.raises(
+        ModelError, match=rf"it is of format {found!r}, not 1 or before; install a later refine-control"
+    ):
         store.load(str(tmp_path / "model"))
     shutil.copytree(golden / "run", tmp_path / "run")
     manifest = tmp_path / f"run/checkpoints/step-{HALF:06d}/state.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
     with pytest.raises(DataError, match="is of format 9, later than"):
+        toy(tmp_path / "run", Toy(), steps=WHOLE)
+
+
+@pytest.mark.parametrize("newest", [1, 3])
+def test_a_new_format_still_reads_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest: int) -> None:
+    golden = GOLDEN / FORMATS[-1]
+    for where in ("refine_control.recipe", "refine_control.diffusion.store"):
+        monkeypatch.setattr(f"{where}.FORMAT", newest)
+    load(DistilRecipe, golden / "student.yaml")
+    store.load(str(golden / "model"))
+    store.save(tiny_model(SMALLEST), tmp_path / "model")
+    store.load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_without_hashes_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    shutil.copytree(GOLDEN / "format-1" / "run", tmp_path / "run")
+    path = tmp_path / f"run/checkpoints/step-{HALF:06d}/ema.safetensors"
+    whole = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(whole[:-3])
+    with pytest.raises(DataError, match=r"is damaged: ema\.safetensors: .*; remove '.*' to begin this stage anew"):
         toy(tmp_path / "run", Toy(), steps=WHOLE)
 
 

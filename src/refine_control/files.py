@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from refine_control.errors import BusyError
 
+LEFTOVER_SECONDS = 3600  # after which a file that was being written is being written no more
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes aside, then renames: a reader never sees half of it, and a failure leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes that write the same file do not meet
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        with suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:  # of a process that was killed
+                old.unlink()
     try:
         aside.write_text(text, encoding="utf-8")
         sync(aside)
@@ -57,6 +66,11 @@ def hold(folder: Path) -> Iterator[None]:
         raise BusyError(
             f"another process is at work in '{folder}'; wait for it, stop it, or choose another output_dir"
         ) from None
+
+
+def is_known(found: Any, newest: int) -> bool:
+    """Whether what a file says of its format is one that this version reads: its own, or one before."""
+    return isinstance(found, int) and 1 <= found <= newest
 
 
 def cores() -> int:

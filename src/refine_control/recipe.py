@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -22,10 +22,10 @@ from pydantic import (
 )
 
 from refine_control.errors import RecipeError
-from refine_control.files import write_whole
+from refine_control.files import is_known, write_whole
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
 
-FORMAT = 1  # of a recipe; one that does not say, as those written by hand, is of this one
+FORMAT = 1  # of a recipe, those before it are read too; one that does not say, as those written by hand, is of 1
 ControlKind = Literal["inpaint", "edges", "grey", "file"]  # see data/controls.py
 
 
@@ -142,7 +142,7 @@ class SampleConfig(Config):
 
 class EvaluateConfig(Config):
     split: str = "test"
-    images: PositiveInt = 192
+    images: int = Field(192, ge=2)  # of one picture no spread can be told
     seed: int = 1234  # of the masks
     # Weights of the standard backbones, for the plain names lpips, fid and cmmd beside the offline ones.
     standard: dict[Literal["inception", "clip", "lpips-alex", "lpips-vgg"], str] = Field({})
@@ -209,9 +209,11 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
-    found = tree.pop("format", FORMAT)
-    if found != FORMAT:
-        raise RecipeError(f"recipe '{path}' is of format {found!r}, not {FORMAT}; use the refine-control it is of")
+    found = tree.pop("format", 1)
+    if not is_known(found, FORMAT):
+        raise RecipeError(
+            f"recipe '{path}' is of format {found!r}, not {FORMAT} or before; install a later refine-control"
+        )
     for key, value in overrides.items():
         _override(tree, key, value)
     return tree
@@ -258,10 +260,14 @@ def _is_type(part: str) -> bool:
 
 
 def _fields_beside(kind: type[Config], loc: list[str]) -> list[str]:
-    for name in loc[:-1]:
-        inner = _config_in(kind.model_fields[name].annotation)
+    names = iter(loc[:-1])
+    for name in names:
+        annotation = kind.model_fields[name].annotation
+        inner = _config_in(annotation)
         if inner is None:
             return []
+        if get_origin(annotation) is dict:
+            next(names, None)  # of the user's own choice
         kind = inner
     return list(kind.model_fields)
 

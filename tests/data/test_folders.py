@@ -65,6 +65,7 @@ def test_plain_folder_is_recursive_sorted_and_ignores_case_and_hidden_files(tmp_
     [
         ("{broken", "line 2: not JSON"),
         ("[1]", "line 2: a list"),
+        ('{"file_name": "a.png", "file_name": "b.png"}', "line 2: not JSON .the key 'file_name' stands twice"),
         ("[" * 100_000, "line 2: not JSON"),
         ({"text": "t"}, "line 2: no file_name"),
         ({"file_name": 3}, "line 2: file_name is 3"),

@@ -201,7 +201,7 @@ def test_compressed_empty_and_missing_tars_are_refused(tmp_path: Path) -> None:
         ShardDataset([tmp_path / "gone.tar"])
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b"[]", b'{"text": 4}', rb'{"text": "\ud800"}'])
+@pytest.mark.parametrize("data", [b"{", b"\xff", b"[]", b'{"text": 4}', rb'{"text": "\ud800"}', b'{"a": 1, "a": 2}'])
 def test_broken_json_is_named_when_read(tmp_path: Path, data: bytes) -> None:
     dataset = ShardDataset([tar(tmp_path / "x.tar", ("a.png", PNG), ("a.json", data))])
     for read in (dataset.text, dataset.extra, dataset.__getitem__):

@@ -116,12 +116,12 @@ def test_a_full_disk_leaves_no_half_chunk(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_fingerprint_sees_names_sizes_and_times(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text("12345")
-    first = fingerprint(tmp_path.iterdir())
-    assert fingerprint(sorted(tmp_path.iterdir(), reverse=True)) == first
+    first = fingerprint(sorted(tmp_path.iterdir()))
+    assert fingerprint(sorted(tmp_path.iterdir(), reverse=True)) != first, "the rows come in another order"
     (tmp_path / "a").rename(tmp_path / "c")
-    renamed = fingerprint(tmp_path.iterdir())
+    renamed = fingerprint(sorted(tmp_path.iterdir()))
     (tmp_path / "c").write_text("123456")
-    assert len({first, renamed, fingerprint(tmp_path.iterdir())}) == 3
+    assert len({first, renamed, fingerprint(sorted(tmp_path.iterdir()))}) == 3
 
 
 # Steps

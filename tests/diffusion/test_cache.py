@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from refine_control.data.loader import UNLABELLED, Pictures
-from refine_control.data.source import open_dataset
+from refine_control.data.source import open_dataset, open_usable
 from refine_control.diffusion.cache import EncoderCache, digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
@@ -96,6 +96,17 @@ def test_what_decides_the_latents_makes_them_anew(folders: dict[str, Path], chan
     with counted(model) as runs:
         cached(model, folders, config, variants)
     assert "vae" in runs
+
+
+def test_folders_in_another_order_have_latents_in_another_order(teacher: Model, folders: dict[str, Path]) -> None:
+    labelled = Pictures(open_dataset(folders["labelled"]), DATA, 1)
+    paths = [str(folders["plain"]), str(folders["labelled"])]
+    for order in (paths, paths[::-1]):
+        plain = Pictures(open_usable(order, "train", skip_corrupt=False), DATA, 1)
+        cache = EncoderCache(teacher, labelled, plain, folders["cache"])
+        image = torch.from_numpy(plain[0].image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            torch.testing.assert_close(cache.latents([UNLABELLED]), teacher.encode(image), rtol=0, atol=1e-5)
 
 
 def test_what_decides_the_text_makes_it_anew(folders: dict[str, Path]) -> None:

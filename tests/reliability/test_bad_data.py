@@ -25,6 +25,7 @@ from refine_control.cli import main
 from refine_control.data.images import read_image, read_mask
 from refine_control.data.source import check, open_dataset
 from refine_control.errors import DataError
+from reliability.faults import verdict
 
 COLOUR = (200, 100, 50)
 
@@ -273,6 +274,36 @@ def mended(data: bytes) -> bytes:
     return bytes(blocks)
 
 
+def number(size: int) -> bytes:
+    """A header's size, in tar's own digits, or in the binary that it has for what is larger or negative."""
+    return b"%011o\0" % size if 0 <= size < 8**11 else (size % 256**12 | 128 << 88).to_bytes(12, "big")
+
+
+HUGE = [-512, -1 << 40, 10_241, 7_000_000_000, 1 << 62, 1 << 70]
+
+
+@pytest.mark.parametrize("size", HUGE)
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"X", b"0", b"S"])
+def test_a_header_of_an_impossible_size_is_refused_by_name(tmp_path: Path, kind: bytes, size: int) -> None:
+    tar_of(tmp_path / "train-0.tar", [("a.png", tarfile.REGTYPE, saved(plain())), ("b.png", kind, b"")])
+    changed = bytearray((tmp_path / "train-0.tar").read_bytes())
+    changed[1024 + 124 : 1024 + 136] = number(size)
+    (tmp_path / "train-0.tar").write_bytes(mended(bytes(changed)))
+
+    def use() -> None:
+        dataset = open_dataset(tmp_path, lenient=True)
+        assert dataset.faults, "nothing is refused"
+        raise DataError("; ".join(dataset.faults))
+
+    assert verdict(use, "train-0.tar: ", memory=1 << 30, seconds=5) == "refused"
+
+
+def test_a_chain_of_headers_is_refused_by_name(tmp_path: Path) -> None:
+    tar_of(tmp_path / "train-0.tar", [("a.png", b"L", b"")] * 3000)
+    with pytest.raises(DataError, match=r"train-0\.tar: not a whole, plain tar"):
+        open_dataset(tmp_path)
+
+
 @sample_or(long=1500)
 def test_any_shard_is_read_or_refused_member_by_member(tmp_path: Path, count: int, tally: Callable[..., None]) -> None:
     png, file = saved(plain()), tarfile.REGTYPE
@@ -280,14 +311,17 @@ def test_any_shard_is_read_or_refused_member_by_member(tmp_path: Path, count: in
     tar_of(tmp_path / "whole.tar", members)
     whole = (tmp_path / "whole.tar").read_bytes()
     tar_of(tmp_path / "train-1.tar", [("good.png", file, png)])
+    headers = [start for start in range(0, len(whole), 512) if whole[start + 257 : start + 262] == b"ustar"]
     seen: Counter[str] = Counter()
 
     @drawn(count)
-    @given(EDITS, CUTS)
-    def holds(edits: list[tuple[int, int]], cut: int) -> None:
+    @given(EDITS, CUTS, st.none() | st.tuples(st.sampled_from(headers), st.sampled_from(HUGE)))
+    def holds(edits: list[tuple[int, int]], cut: int, huge: tuple[int, int] | None) -> None:
         changed = bytearray(whole)
         for place, value in edits:
             changed[place] = value
+        if huge:
+            changed[huge[0] + 124 : huge[0] + 136] = number(huge[1])
         (tmp_path / "train-0.tar").write_bytes(mended(bytes(changed))[: len(whole) - cut])
         dataset = open_dataset(tmp_path, lenient=True)
         broken = dict(check(dataset))

@@ -2,6 +2,7 @@
 ends bit by bit where an uninterrupted run ends."""
 
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -51,17 +52,25 @@ def distill(recipe: Path, out: Path, *flags: str, ranks: int = 1) -> Killer:
 
 
 def killed_at_random(make: Callable[[Path], Killer], root: Path, wanted: int, seed: int) -> dict[str, object]:
-    """Kills runs until there were `wanted` kills; each must end as one that was let alone. Returns the counts."""
+    """Kills runs until there were `wanted` kills; each must end as one that was let alone. Returns the counts.
+
+    Only while there is training to lose: the speed, measured after all results, is taken from the whole run.
+    """
     whole = make(root / "whole")
-    began = time.monotonic()
+    began = time.time()
     assert whole.run() == 0, whole.told()
-    taken = time.monotonic() - began
+    results = sorted((root / "whole").rglob("run.json")) or [root / "whole/student/model_index.json"]
+    taken = max(path.stat().st_mtime for path in results) - began
+    last = [path.relative_to(root / "whole").as_posix() for path in results]
     runs = 0
     after: Counter[str] = Counter()
     while after.total() < wanted:  # a run that ends early is begun anew
         out = root / f"killed-{runs}"
         killed = make(out)
-        killed.until_done(wanted - after.total(), 0.4 * taken, seed + runs, out)
+        if (root / "whole/speed.json").is_file():
+            out.mkdir()
+            shutil.copy(root / "whole/speed.json", out)
+        killed.until_done(wanted - after.total(), 0.4 * taken, seed + runs, out, last)
         assert differences(outcome(root / "whole"), outcome(out)) == []
         after.update(killed.kills)
         runs += 1

@@ -1,5 +1,6 @@
 """One picture with what belongs to it, as it comes from the disk."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,20 @@ def require_caption(text: Any, where: str) -> str | None:
     if text is not None and not is_unicode(text):
         raise DataError(f"{where}: text {text!r} has half of a surrogate pair; write the caption in whole characters")
     return text
+
+
+def read_json(data: bytes) -> Any:
+    """JSON in UTF-8; ValueError for a key that stands twice, of which json would silently take the last."""
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} stands twice")
+        found[key] = value
+    return found
 
 
 def is_unicode(text: str) -> bool:

@@ -1,13 +1,19 @@
 """A folder of pictures, with a Hugging Face `metadata.jsonl` or without captions, as a map-style dataset."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from refine_control.data.example import Example, is_unicode, require_caption, require_no_faults, require_same_size
+from refine_control.data.example import (
+    Example,
+    is_unicode,
+    read_json,
+    require_caption,
+    require_no_faults,
+    require_same_size,
+)
 from refine_control.data.images import MAX_PIXELS, SUFFIXES, read_image, read_mask
 from refine_control.errors import DataError
 
@@ -120,11 +126,11 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     if len(line) == LONGEST_LINE:
         raise DataError(f"{where}: longer than {LONGEST_LINE} bytes; write one JSON object a line")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = read_json(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", None) or type(error).__name__
+        reason = getattr(error, "msg", error)
         raise DataError(f"{where}: not JSON ({reason}); write one JSON object a line") from None
     if not isinstance(record, dict):
         raise DataError(f'{where}: a {type(record).__name__} where an object is needed; write {{"file_name": ...}}')

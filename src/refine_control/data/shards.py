@@ -12,13 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from refine_control.data.example import Example, is_unicode, require_caption, require_no_faults, require_same_size
+from refine_control.data.example import (
+    Example,
+    is_unicode,
+    read_json,
+    require_caption,
+    require_no_faults,
+    require_same_size,
+)
 from refine_control.data.images import MAX_PIXELS, encode_png, encode_webp, most_bytes, read_image, read_mask
 from refine_control.errors import DataError
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 ENDINGS = (*IMAGE_EXTENSIONS, "json", "txt", "mask.png", "control.png")  # of the members that are read
 BLOCK = 512
+EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # types of headers: a member's long name or link, or what pax says of it
+LONGEST_HEADER = 1_000_000  # bytes
 Members = dict[str, tuple[int, int]]  # ending -> (offset, size)
 
 
@@ -152,10 +161,10 @@ class ShardDataset:
         extra: dict[str, Any] = {}
         try:
             if "json" in members:
-                extra = json.loads(self._read(number, members["json"]).decode("utf-8"))
+                extra = read_json(self._read(number, members["json"]))
             fallback = self._read(number, members["txt"]).decode("utf-8").strip() if "txt" in members else None
-        except (ValueError, RecursionError):
-            raise DataError(f"{label}: the json or txt is not JSON in UTF-8; write it anew") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{label}: the json or txt is not JSON in UTF-8 ({error}); write it anew") from None
         if not isinstance(extra, dict):
             raise DataError(f"{label}.json: a {type(extra).__name__}; write an object, {{'text': ...}}")
         text = require_caption(extra.pop("text", None), f"{label}.json")
@@ -258,7 +267,7 @@ def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
     index: dict[str, Members] = {}
     spoilt: set[str] = set()
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
             for member in tar:
                 key = ""
                 try:
@@ -274,11 +283,20 @@ def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
                 faults.append(f"{shard}: cut short or damaged at byte {end}; fetch or write the shard again")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ArithmeticError, LookupError, ValueError, RecursionError) as error:  # of damaged headers
         faults.append(f"{shard}: not a whole, plain tar ({error}); write it again without compression")
     except OSError as error:
         faults.append(f"{shard}: cannot be read ({error.strerror}); check the path and its permissions")
     return {key: members for key, members in index.items() if key not in spoilt}
+
+
+class _Header(tarfile.TarInfo):
+    """Of sizes that may be: tarfile reads a long name or a pax header as a whole, and goes back for a negative one."""
+
+    def _block(self, count: int) -> int:
+        if not 0 <= count <= (LONGEST_HEADER if self.type in EXTENDED else 1 << 62):
+            raise tarfile.ReadError(f"a header says {count} bytes")
+        return super()._block(count)  # type: ignore[misc, no-any-return]
 
 
 def _split(name: str) -> tuple[str, str]:

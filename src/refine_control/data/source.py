@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,31 @@ class Joined:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Example:
-        part, own = self._at(index)
-        return part[own]
+        number, own = self._at(index)
+        example = self.parts[number][own]
+        return replace(example, key=_keyed(number, example.key))
 
     def text(self, index: int) -> str | None:
-        part, own = self._at(index)
-        return part.text(own)
+        number, own = self._at(index)
+        return self.parts[number].text(own)
 
     def keys(self) -> list[str]:
         """With the number of their part, since two may have the same names."""
-        return [f"{number}:{key}" for number, part in enumerate(self.parts) for key in part.keys()]  # noqa: SIM118
+        return [_keyed(number, key) for number, part in enumerate(self.parts) for key in part.keys()]  # noqa: SIM118
 
     def files(self) -> list[Path]:
         return [path for part in self.parts for path in part.files()]
 
-    def _at(self, index: int) -> tuple[FolderDataset | ShardDataset, int]:
+    def _at(self, index: int) -> tuple[int, int]:
+        """The number of the part, and the place in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = bisect.bisect_right(self.ends, index)
-        return self.parts[place], index - (self.ends[place - 1] if place else 0)
+        return place, index - (self.ends[place - 1] if place else 0)
+
+
+def _keyed(part: int, key: str) -> str:
+    return f"{part}:{key}"
 
 
 def splits_of(path: str | Path) -> list[str]:

@@ -23,7 +23,7 @@ from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
 from refine_control.diffusion.weights import MOST_JSON, check_weights
 from refine_control.errors import ModelError
-from refine_control.files import put_in_place, sync
+from refine_control.files import is_known, put_in_place, sync
 
 disable_progress_bar()  # one bar for each file of a model says nothing
 
@@ -129,8 +129,8 @@ def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[st
 def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     """nets: instead of the pipeline's own."""
     index = _read_json(folder / "model_index.json")
-    if (found := index.get(FORMAT_KEY, FORMAT)) != FORMAT:
-        raise ModelError(f"it is of format {found!r}, not {FORMAT}; use the refine-control it is of")
+    if not is_known(found := index.get(FORMAT_KEY, 1), FORMAT):
+        raise ModelError(f"it is of format {found!r}, not {FORMAT} or before; install a later refine-control")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise ModelError(f"its pipeline is a {kind}; supported: {', '.join(PIPELINES)}")

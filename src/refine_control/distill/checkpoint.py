@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,6 +81,8 @@ def read(path: Path) -> tuple[int, State]:
 def _check(path: Path) -> None:
     """Raises DataError where a checkpoint is not as it was written."""
     manifest = _manifest(path)
+    if "sha256" not in manifest:
+        _check_unhashed(path)
     for name, digest in manifest.get("sha256", {}).items():
         try:
             found = _sha256(path / name)
@@ -88,6 +90,15 @@ def _check(path: Path) -> None:
             raise DataError(f"checkpoint '{path}' is damaged: {name}: {error.strerror}") from None
         if found != digest:
             raise DataError(f"checkpoint '{path}' is damaged: {name} has changed since it was written")
+
+
+def _check_unhashed(path: Path) -> None:
+    """Of a checkpoint of format 1: that its files are there, and as long as they say."""
+    for name in ("trainable", "ema", "optimizer"):
+        try:
+            safe_open(path / f"{name}.safetensors", "pt")
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"checkpoint '{path}' is damaged: {name}.safetensors: {error}") from None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"checkpoint '{path}' is damaged: {MANIFEST}: {error}") from None
     if found > FORMAT:
         raise DataError(
-            f"checkpoint '{path}' is of format {found}, later than {FORMAT}; use the refine-control it is of"
+            f"checkpoint '{path}' is of format {found}, later than {FORMAT}; install a later refine-control"
         )
     return {**manifest, "step": step}
 

@@ -81,14 +81,17 @@ def evaluate_model(
         "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
-    if kept.is_file():
-        result = json.loads(kept.read_text(encoding="utf-8"))
-        if result["settings"] == settings:
-            return result
+    before = _result(kept)
+    if before.get("settings") == settings:
+        return before
     model = load(name, pick_device(recipe.run.device), controlnets).freeze()
     check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
-    result = {"settings": settings, "cost": {"params": counted.parameters, "macs": counted.macs}, "domains": {}}
+    result: dict[str, Any] = {
+        "settings": settings,
+        "cost": {"params": counted.parameters, "macs": counted.macs},
+        "domains": {},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for domain_name, domain in tqdm(domains.items(), desc=f"evaluating {name}", unit="domain"):
@@ -101,6 +104,15 @@ def evaluate_model(
         raise DataError(f"cannot write to '{folder}': {error}; make room, then run the same command") from None
     write_whole(kept, json.dumps(result))
     return result
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What was scored before; {} where nothing was, or where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def drawn(folder: Path) -> dict[str, Tensor]:
