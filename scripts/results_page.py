@@ -69,10 +69,10 @@ def duels(runs: dict[str, Any], rivals: list[str]) -> list[str]:
     return [*lines, ""]
 
 
-def comparison(title: str, command: str, scores: dict[str, Any]) -> list[str]:
+def comparison(title: str, command: str, scores: dict[str, Any], note: str = "") -> list[str]:
     rows = {k: v for k, v in scores.items() if isinstance(v, dict) and "psnr" in v}
     seeds, extractor = scores["seeds"], scores["extractor"][0]
-    lines = [f"## {title}", "", f"`{command}`", ""]
+    lines = [f"## {title}", "", f"`{command}`" + (f" ({note})" if note else ""), ""]
     how = "mean ± standard deviation" if len(seeds) > 1 else "no spread"
     lines.append(
         f"{len(seeds)} training seed(s) ({', '.join(map(str, seeds))}), {how}; {extractor['n']} held-out pictures; "
@@ -164,7 +164,7 @@ def main() -> None:
     elif demo:
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):
-        lines += comparison("Controls", CONTROLS, controls)
+        lines += comparison("Controls", CONTROLS, controls, "as it was before recipes/compare-emoji.yaml replaced it")
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
     if full := read("edge-full-size/bench.json"):
