@@ -24,21 +24,34 @@ def learnt(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=aside)
 
 
-def claim(config: R, folder: Path, contents: dict[str, str] | None = None) -> None:
+def claim(
+    config: R, folder: Path, contents: dict[str, str] | None = None, settings: dict[str, Any] | None = None
+) -> None:
     """Writes folder/recipe.yaml. A folder holds one run; the same command, or one that runs it otherwise, goes on.
 
     contents: digests of what the recipe only names (a teacher's weights, data), kept in folder/contents.json.
+    settings: what else decides how a teacher answers, kept in folder/settings.json.
+
+    Earlier versions kept no settings, and some digests of theirs were of other things: these are not compared. Nor are
+    settings that one side alone has, as other versions of a library do.
 
     Raises:
         RecipeError: what was trained in the folder is of another recipe; the first key that differs is named.
     """
-    path, kept = folder / "recipe.yaml", folder / "contents.json"
+    path, kept, told = (folder / name for name in ("recipe.yaml", "contents.json", "settings.json"))
     trained = any(next(folder.glob(mark), None) for mark in ("*/checkpoints/step-*", "student", "model"))
     if trained and path.is_file():
-        theirs, ours = _leaves(learnt(load(type(config), path))), _leaves(learnt(config))
+        begun = load(type(config), path)
+        theirs, ours = _leaves(learnt(begun)), _leaves(learnt(config))
         if kept.is_file():
-            theirs |= _leaves(_contents(kept), "contents of ")
-            ours |= _leaves(contents or {}, "contents of ")
+            before, now = _contents(kept), contents or {}
+            unknown = set() if told.is_file() else _hashed_otherwise(begun)
+            theirs |= _leaves({key: before[key] for key in before.keys() - unknown}, "contents of ")
+            ours |= _leaves({key: now[key] for key in now.keys() - unknown}, "contents of ")
+        if told.is_file():
+            before, now = _leaves(_contents(told), "teacher: "), _leaves(settings or {}, "teacher: ")
+            theirs |= {key: before[key] for key in before.keys() & now.keys()}
+            ours |= {key: now[key] for key in before.keys() & now.keys()}
         for key in [*ours, *theirs]:
             if ours.get(key) != theirs.get(key):
                 raise RecipeError(
@@ -48,6 +61,13 @@ def claim(config: R, folder: Path, contents: dict[str, str] | None = None) -> No
     save(config, path)
     if contents:
         write_whole(kept, json.dumps(contents, indent=1))
+    write_whole(told, json.dumps(settings or {}, indent=1))
+
+
+def _hashed_otherwise(begun: Any) -> set[str]:
+    """By versions that kept no settings: the teacher after it was cast, captions of usable pictures only."""
+    teacher = {"teacher"} if begun.run.teacher_dtype != "fp32" else set()
+    return teacher | ({"data.labelled"} if begun.data.skip_corrupt else set())
 
 
 def _contents(path: Path) -> dict[str, Any]:

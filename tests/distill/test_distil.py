@@ -216,7 +216,9 @@ def test_checkpointed_activations_are_computed_twice_and_the_teachers_weights_ar
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("change", ["scale", "empty", "config", "captions", "words", "seed", "precision"])
+@pytest.mark.parametrize(
+    "change", ["scale", "empty", "config", "captions", "words", "seed", "precision", "controls", "dtype"]
+)
 def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
     recipe: DistilRecipe, tmp_path: Path, change: str
 ) -> None:
@@ -242,6 +244,10 @@ def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
         distiller.teacher.tokenizer.add_tokens(["red cat"])
     elif change == "seed":
         seed = 1
+    elif change == "controls":
+        distiller.data = data.model_copy(update={"controls": ("edges",)})
+    elif change == "dtype":
+        distiller = Distiller(recipe.teacher, data, run.model_copy(update={"teacher_dtype": "bf16"}))
     elif change == "words":
         stage1 = stage1.model_copy(update={"word_dropout": 0.5})
     else:

@@ -43,7 +43,7 @@ class Pictures:
 
     def __init__(self, dataset: Dataset, config: DataConfig, variants: int, limit: int | None = None) -> None:
         usable = _without_faults(dataset) if config.skip_corrupt else dataset
-        self.dataset = _evenly_spread(usable, limit) if limit and limit < len(usable) else usable
+        self.dataset, self._with_faults = _evenly_spread(usable, limit), _evenly_spread(dataset, limit)
         self.limit = limit
         if len(self.dataset) == 0:
             raise DataError("the data set holds no usable picture")
@@ -72,6 +72,18 @@ class Pictures:
         """The caption of example `index`, '' where it has none; decodes nothing."""
         return self.dataset.text(index) or ""
 
+    def captions(self) -> list[str]:
+        """Of the examples as they are before skip_corrupt leaves some out; '' where there is none that can be read."""
+        found = []
+        for index in range(len(self._with_faults)):
+            try:
+                found.append(self._with_faults.text(index) or "")
+            except DataError:
+                if not self.config.skip_corrupt:
+                    raise
+                found.append("")
+        return found
+
     def fingerprint(self) -> dict[str, Any]:
         """Changes with what `self[number]` may be: the files, and how they become pictures of one size."""
         config = self.config.model_dump(include={"resolution", "fit", "skip_corrupt"})
@@ -84,9 +96,11 @@ class Pictures:
         }
 
     def contents(self, captioned: bool) -> str:
-        """Changes with the files' names and sizes and with the captions, not with when they were written."""
-        captions = (self.text(index) for index in range(self.examples if captioned else 0))
-        digest = hashlib.sha256("\0".join(captions).encode())
+        """Changes with the files' names and sizes and with the captions, not with when they were written.
+
+        Nor with skip_corrupt, so that a run that met a corrupt picture can go on without it.
+        """
+        digest = hashlib.sha256("\0".join(self.captions() if captioned else []).encode())
         for path in sorted(self.dataset.files()):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         return digest.hexdigest()
@@ -118,7 +132,10 @@ def _zoom(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.fromarray(crop).resize((width, height), _RESAMPLING[image.ndim]))
 
 
-def _evenly_spread(dataset: Dataset, count: int) -> Dataset:
+def _evenly_spread(dataset: Dataset, count: int | None) -> Dataset:
+    """All of it where it has no more."""
+    if count is None or count >= len(dataset):
+        return dataset
     return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,36 @@ def text_tables(model: Model, captions: list[str], root: Path) -> list[Table]:
 
 def caption_ids(model: Model, captions: list[str]) -> list[str]:
     """A hash of what each tokenizer makes of captions: changes with either."""
-    tokenizers = [t for t in (model.tokenizer, model.tokenizer_2) if t is not None]
-    return [hashlib.sha256(repr(tokenizer(captions).input_ids).encode()).hexdigest() for tokenizer in tokenizers]
+    made = [
+        (tokenizer(captions, verbose=False).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id)
+        for tokenizer in (model.tokenizer, model.tokenizer_2)
+        if tokenizer is not None
+    ]
+    return [hashlib.sha256(repr(each).encode()).hexdigest() for each in made]
+
+
+def settings(model: Model, captions: list[str]) -> dict[str, Any]:
+    """What decides, beside its weights, what a model answers; plain data. captions: that the tokenizers are tried on.
+
+    Without what says who saved it, and how: libraries note that in their configs, some of it in no order.
+    """
+    configs = [
+        network.config if isinstance(network.config, dict) else network.config.to_dict() for network in model.parts
+    ]
+    found = {
+        **{
+            f"{type(part).__name__} {place}": _lasting(c)
+            for place, (part, c) in enumerate(zip(model.parts, configs, strict=True))
+        },
+        "scheduler": _lasting(model.scheduler),
+        "empty_is_zeros": model.empty_is_zeros,
+        "words": caption_ids(model, captions),
+    }
+    return json.loads(json.dumps(found, default=str))
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in ("transformers_version", "dtype")}
 
 
 def digest(network: nn.Module) -> str:

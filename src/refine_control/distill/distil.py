@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,7 +19,7 @@ from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
 from refine_control.data.table import Steps
 from refine_control.diffusion import store
-from refine_control.diffusion.cache import EncoderCache, caption_ids, digest
+from refine_control.diffusion.cache import EncoderCache, digest, settings
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
 from refine_control.diffusion.taps import feature_shapes
@@ -48,7 +49,9 @@ class Distiller:
         self.data = data
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
-        self.teacher.denoiser.to(DTYPES[run.teacher_dtype])
+        self._weights = [digest(network) for network in self.teacher.parts]  # as they are on the disk, whatever follows
+        self.dtype = run.teacher_dtype
+        self.teacher.denoiser.to(DTYPES[self.dtype])
         check_resolution(self.teacher, teacher, data)
         nets = self.teacher.denoiser.nets
         if nets and len(nets) != len(data.controls):
@@ -89,7 +92,7 @@ class Distiller:
 
     def claim(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> None:
         """Makes the folder this run's. Raises RecipeError where it holds another one's."""
-        claim(recipe, folder, self.contents(method))
+        claim(recipe, folder, self.contents(method), self.settings())
 
     def fresh_student(self, recipe: DistilRecipe, measure: bool = True) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight.
@@ -159,10 +162,9 @@ class Distiller:
         teacher = hashlib.sha256("".join(self._weights).encode()).hexdigest()
         return {"teacher": teacher, **contents(self.labelled, self.unlabelled)}
 
-    @cached_property
-    def _weights(self) -> list[str]:
-        """The frozen teacher's digests: hashed once, not for each stage of each student."""
-        return [digest(network) for network in self.teacher.parts]
+    def settings(self) -> dict[str, Any]:
+        """What else decides the teacher's answers."""
+        return settings(self.teacher, ["", *self.labelled.captions()])
 
     def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int, bridges: Bridges) -> Steps | None:
         """What the teacher made of the steps of a stage, for other students that meet the same steps."""
@@ -170,11 +172,9 @@ class Distiller:
             return None
         sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
         key = {
-            "teacher": [self._weights, [str(network.config) for network in self.teacher.parts]],
-            "scheduler": self.teacher.scheduler,
-            "empty_is_zeros": self.teacher.empty_is_zeros,
-            "ids": caption_ids(self.teacher, [""] + [self.labelled.text(i) for i in range(self.labelled.examples)]),
+            "teacher": [self._weights, self.dtype, self.settings()],
             "precision": recipe.run.mixed_precision,
+            "controls": self.data.controls,
             "pictures": sets,
             "masks": recipe.masks.model_dump(),
             "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout", "word_dropout"}),

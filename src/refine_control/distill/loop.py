@@ -137,8 +137,8 @@ def _memory_named(step: int) -> Iterator[None]:
             raise
         raise UserError(
             f"step {step}: out of memory ({text[:160]}); double run.gradient_accumulation_steps, or set "
-            "run.gradient_checkpointing true, run.teacher_dtype and run.mixed_precision bf16, or run.use_8bit_adam "
-            "true, then run the same command to go on"
+            "run.gradient_checkpointing true, or run.teacher_dtype and run.mixed_precision bf16, then run the same "
+            "command to go on; run.use_8bit_adam true takes less too, but only from the start, in another output_dir"
         ) from None
 
 
@@ -155,8 +155,9 @@ def _skip(folder: Path, step: int, means: Losses, passes: list[Batch], run: RunC
     if count > run.max_skipped_steps:
         raise UserError(
             f"{told}, as in {count - 1} steps before, and run.max_skipped_steps is {run.max_skipped_steps}; "
-            f"'{skipped.path}' names the pictures of each. The last checkpoint is as it was: mend or remove them, "
-            "or raise run.max_skipped_steps, then run the same command to go on"
+            f"'{skipped.path}' names the pictures of each. The last checkpoint is as it was: raise "
+            "run.max_skipped_steps, or set run.mixed_precision no, then run the same command to go on; with other "
+            "pictures, begin anew in another output_dir"
         )
     tqdm.write(f"{told}; skipped, its pictures are in '{skipped.path}'", file=sys.stderr)
 
