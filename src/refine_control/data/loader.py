@@ -63,7 +63,11 @@ class Pictures:
         if self._kept is not None and number in self._kept:
             return self._kept[number]
         version, index = divmod(number, self.examples)
-        example = self._versioned(self.dataset[index], version, index)
+        try:
+            read = self.dataset[index]
+        except DataError as error:  # other pictures would make it another run
+            raise DataError(f"{error}; a run that has begun goes on with data.skip_corrupt true") from None
+        example = self._versioned(read, version, index)
         if self._kept is not None:
             self._kept[number] = example
         return example
