@@ -109,7 +109,7 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         recipe = distiller.pinned(run.recipe)
         method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
         made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
-        identity = digest_of(recipe if shop.is_trained(run) else None, recipe, made_by, shop.domains)
+        identity = digest_of(recipe if shop.is_trained(run) else None, recipe, distiller, made_by, shop.domains)
         kept = result_of(run)
         if kept is not None:
             if kept["identity"] != identity:
@@ -129,13 +129,18 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
 
 
 def digest_of(
-    trained: DistilRecipe | None, recipe: DistilRecipe, made_by: dict[str, str], domains: dict[str, Domain]
+    trained: DistilRecipe | None,
+    recipe: DistilRecipe,
+    distiller: Distiller,
+    made_by: dict[str, str],
+    domains: dict[str, Domain],
 ) -> str:
     """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
     scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
     learning = [VERSION, learnt(trained)] if trained else None
-    return hashlib.sha256(json.dumps([learning, made_by, scored], sort_keys=True).encode()).hexdigest()
+    decides = [learning, made_by, distiller.settings(), scored]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _scored(
@@ -159,7 +164,8 @@ def _scored(
 
 def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
-    finished, ours = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}", distiller.contents(method)
+    finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
+    ours = {"contents.json": distiller.contents(method), "settings.json": distiller.settings()}
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
     for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
@@ -167,8 +173,10 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
             continue
         with suppress(BusyError), hold(begun.parent):  # who trains there prunes checkpoints under our hands
             theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
-            contents = begun.with_name("contents.json")
-            if learnt(theirs) != learnt(recipe) or not contents.is_file() or json.loads(contents.read_text()) != ours:
+            kept = {name: begun.with_name(name) for name in ours}
+            if learnt(theirs) != learnt(recipe) or not all(path.is_file() for path in kept.values()):
+                continue
+            if any(json.loads(path.read_text()) != json.loads(json.dumps(ours[n])) for n, path in kept.items()):
                 continue
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
