@@ -10,6 +10,7 @@ memory at a time. Writes OUT/bench.json and bench.png. Exports that are in --wor
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -32,13 +33,12 @@ def main() -> None:
     students, teacher = args.students.split(","), args.work / "sd15"
     subprocess.run([sys.executable, "-c", WRITE, str(args.work), *students], check=True, cwd=Path(__file__).parent)
     pipelines = [args.work / f"sd15-{name}" for name in students]
-    exported = [Path(f"{pipeline}-{kind}") for pipeline in pipelines for kind in KINDS]
-    for pipeline in pipelines:
-        for kind in KINDS:
-            export(pipeline, Path(f"{pipeline}-{kind}"), *kind.split("-"))
+    wanted = {Path(f"{pipeline}-{kind}"): (pipeline, kind) for pipeline in pipelines for kind in KINDS}
+    exported = [out for out, (pipeline, kind) in wanted.items() if export(pipeline, out, *kind.split("-"))]
     if args.only_export:
         return
     from refine_control.export.bench import BenchConfig, bench
+    from refine_control.files import write_whole
 
     config = BenchConfig(
         num_inference_steps=[int(n) for n in args.num_inference_steps.split(",")], guidance_scale=7.5, data=None,
@@ -47,14 +47,18 @@ def main() -> None:
     # From here on, so that the results name no folder of this machine.
     names = [os.path.relpath(path) for path in (teacher, *pipelines, *exported)]
     print(bench(names, config, args.out))
+    result = json.loads((args.out / "bench.json").read_text(encoding="utf-8"))
+    result["not_exported"] = [out.name for out in wanted if out not in exported]
+    write_whole(args.out / "bench.json", json.dumps(result, indent=1))
 
 
-def export(pipeline: Path, out: Path, backend: str, precision: str) -> None:
-    """In a process of its own, whose memory is given back."""
+def export(pipeline: Path, out: Path, backend: str, precision: str) -> bool:
+    """In a process of its own, whose memory is given back. False where that fails, for want of memory say."""
     if not (out / "refine-control.json").is_file():
         command = ["export", str(pipeline), "--to", backend, "--precision", precision, "--out", str(out)]
         few = ["--calibration_images", "1", "--images", "0"]
-        subprocess.run([sys.executable, "-m", "refine_control", *command, *few], check=True)
+        subprocess.run([sys.executable, "-m", "refine_control", *command, *few], check=False)
+    return (out / "refine-control.json").is_file()
 
 
 # The teacher's pipeline and each student's, random, in half precision; in a process of its own too.

@@ -140,6 +140,11 @@ def full_size(measured: dict[str, Any]) -> list[str]:
         "The autoencoder and the text encoder are the teacher's own, and most of a small student's time and size.",
         "",
         table_of_bench(measured, " | "),
+        *(
+            [f"Not exported, for want of memory: {', '.join(absent)}.", ""]
+            if (absent := measured["not_exported"])
+            else []
+        ),
         "![time of a picture](../results/edge-full-size/bench.png)",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, 0.06 + 0.025 * (len(shown) // 5), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")  # two processes may write it
+    figure.savefig(aside, dpi=110, metadata={"Software": None})
+    os.replace(aside, path)
     plt.close(figure)
 
 
