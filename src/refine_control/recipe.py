@@ -142,7 +142,7 @@ class SampleConfig(Config):
 
 class EvaluateConfig(Config):
     split: str = "test"
-    images: int = Field(192, ge=2)  # of one picture no spread can be told
+    images: PositiveInt = 192
     seed: int = 1234  # of the masks
     # Weights of the standard backbones, for the plain names lpips, fid and cmmd beside the offline ones.
     standard: dict[Literal["inception", "clip", "lpips-alex", "lpips-vgg"], str] = Field({})

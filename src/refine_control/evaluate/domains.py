@@ -61,6 +61,11 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
                     file=sys.stderr,
                 )
             heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
+            if len(heldout.batch) < 2:  # of one picture no spread can be told
+                raise DataError(
+                    f"'evaluate.images' = {config.images}, and the {name} pictures of split '{config.split}' are "
+                    f"{pictures.examples}: too few for scores; give 2 or more"
+                )
             references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
             domains[name] = Domain(heldout, references)
     return domains
