@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from refine_control.errors import UserError
@@ -150,6 +151,8 @@ def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, second
     if not child:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        torch.set_num_threads(1)  # OpenMP's threads are not in a fork: it would wait for them for ever
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler needs Python to run
         signal.alarm(seconds)
         try:
             use()
