@@ -64,12 +64,11 @@ def begun(run: Run) -> float:
     """The share of a run's steps that is behind it: 1 where it is scored."""
     if result_of(run) is not None:
         return 1.0
-    steps = sum(getattr(run.recipe, stage).steps for stage in STAGES)
     taken = 0
     for stage in STAGES:
         kept = [int(path.name.partition("-")[2]) for path in (run.work / stage / "checkpoints").glob("step-*")]
         taken += max(kept, default=0)
-    return taken / steps if steps else 0.0
+    return taken / run.steps if run.steps else 0.0
 
 
 def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> list[Run]:

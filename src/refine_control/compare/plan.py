@@ -76,6 +76,11 @@ class Run(NamedTuple):
     out: Path
     work: Path
 
+    @property
+    def steps(self) -> int:
+        """Of both stages."""
+        return self.recipe.stage1.steps + self.recipe.stage2.steps
+
 
 def load(path: Path, overrides: dict[str, str]) -> tuple[CompareRecipe, dict[str, str]]:
     """A comparison, and the overrides that are of its base recipe: all that are no keys of the comparison itself."""

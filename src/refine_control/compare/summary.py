@@ -79,8 +79,7 @@ def _is_distilled(name: str, plan: CompareRecipe, first: Mapping[str, Run], shop
     if rival is None and _loss(run) == _loss(ours):
         return False  # the method itself, on other data
     teaches = any(getattr(run.recipe, s).weights.output or getattr(run.recipe, s).weights.feature for s in STAGES)
-    steps = [sum(getattr(one.recipe, stage).steps for stage in STAGES) for one in (run, ours)]
-    same = run.recipe.student == ours.recipe.student and steps[0] == steps[1]
+    same = run.recipe.student == ours.recipe.student and run.steps == ours.steps
     return teaches and same and (rival is None or rival.losses is not None)
 
 
@@ -103,7 +102,7 @@ def _row(
         macs=cost.get("macs"),
         latency_ms=times["forward_ms"].get(name),
         wall_seconds=None if taken is None else taken * 60,
-        steps=sum(getattr(run.recipe, stage).steps for stage in STAGES) if taken is not None else None,
+        steps=run.steps if taken is not None else None,
         drawn=pictures_of(run, domains),
         spread=spread,
     )
