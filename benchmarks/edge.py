@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", default="3")
     parser.add_argument("--work", type=Path, default=Path("runs/edge-full-size"), help="models, tens of GB")
     parser.add_argument("--only_export", action="store_true", help="measure later")
+    parser.add_argument("--only_measure", action="store_true", help="what is exported already")
     parser.add_argument("--out", type=Path, default=Path("results/edge-full-size"))
     args = parser.parse_args()
     args.work = args.work.resolve()
@@ -34,7 +35,9 @@ def main() -> None:
     subprocess.run([sys.executable, "-c", WRITE, str(args.work), *students], check=True, cwd=Path(__file__).parent)
     pipelines = [args.work / f"sd15-{name}" for name in students]
     wanted = {Path(f"{pipeline}-{kind}"): (pipeline, kind) for pipeline in pipelines for kind in KINDS}
-    exported = [out for out, (pipeline, kind) in wanted.items() if export(pipeline, out, *kind.split("-"))]
+    for out, (pipeline, kind) in wanted.items():
+        if not args.only_measure and not is_exported(out):
+            export(pipeline, out, *kind.split("-"))
     if args.only_export:
         return
     from refine_control.export.bench import BenchConfig, bench
@@ -44,6 +47,7 @@ def main() -> None:
         num_inference_steps=[int(n) for n in args.num_inference_steps.split(",")], guidance_scale=7.5, data=None,
         repeats=int(args.repeats), warm_up=0, keep_loaded=False,
     )  # fmt: skip
+    exported = [out for out in wanted if is_exported(out)]
     # From here on, so that the results name no folder of this machine.
     names = [os.path.relpath(path) for path in (teacher, *pipelines, *exported)]
     print(bench(names, config, args.out))
@@ -52,12 +56,14 @@ def main() -> None:
     write_whole(args.out / "bench.json", json.dumps(result, indent=1))
 
 
-def export(pipeline: Path, out: Path, backend: str, precision: str) -> bool:
-    """In a process of its own, whose memory is given back. False where that fails, for want of memory say."""
-    if not (out / "refine-control.json").is_file():
-        command = ["export", str(pipeline), "--to", backend, "--precision", precision, "--out", str(out)]
-        few = ["--calibration_images", "1", "--images", "0"]
-        subprocess.run([sys.executable, "-m", "refine_control", *command, *few], check=False)
+def export(pipeline: Path, out: Path, backend: str, precision: str) -> None:
+    """In a process of its own, whose memory is given back; it may fail, for want of memory say."""
+    command = ["export", str(pipeline), "--to", backend, "--precision", precision, "--out", str(out)]
+    few = ["--calibration_images", "1", "--images", "0"]
+    subprocess.run([sys.executable, "-m", "refine_control", *command, *few], check=False)
+
+
+def is_exported(out: Path) -> bool:
     return (out / "refine-control.json").is_file()
 
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from refine_control.diffusion.store import ZOO, load, save
+from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.saved import BASELINES
 from results_page import by_domain
 
@@ -63,13 +64,12 @@ def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     mine = model["domains"]["labelled"]
     lines = ["## Gate", ""]
     for metric in mine:
-        kind = metric.split("[")[0]
-        rivals = ("mean_fill",) if kind in ("psnr", "ssim") else BASELINES
-        regions = ("hole",) if kind in ("psnr", "ssim") else ("whole", "hole")
+        rivals = ("mean_fill",) if sign(metric) > 0 else BASELINES
+        regions = ("hole",) if sign(metric) > 0 else ("whole", "hole")
         for region in regions:
             ours = mine[metric][region]
             theirs = {name: scores[name]["domains"]["labelled"][metric][region] for name in rivals}
-            better = {n: (ours > v if kind in ("psnr", "ssim") else ours < v) for n, v in theirs.items()}
+            better = {n: sign(metric) * (ours - v) > 0 for n, v in theirs.items()}
             lost = [name for name, won in better.items() if not won]
             verdict = "passes" if not lost else f"**fails** against {', '.join(lost)}"
             lines.append(f"- {metric}, {region}: {verdict} ({ours:.4g})")

@@ -56,5 +56,6 @@ def test_demo_from_end_to_end_with_few_steps(tmp_path: Path, monkeypatch: pytest
     few = ["--stage1.steps", "4", "--stage2.steps", "2", "--evaluate.images", "16", "--run.num_threads", "1"]
     assert main(["demo", "--output_dir", str(tmp_path), *few]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(scores["other_domain"]) == {"teacher", "scratch", "refine-control"}
+    assert set(scores["rows"]) == {"teacher", "scratch", "refine-control"}
+    assert all(set(row["mean"]) == {"labelled", "unlabelled"} for row in scores["rows"].values())
     assert (tmp_path / "report.html").stat().st_size > 50_000

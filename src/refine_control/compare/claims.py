@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from refine_control.compare.statistics import Results, beyond_spread, closed, duel, metrics_of, over_seeds, sign
+from refine_control.compare.statistics import Results, beyond_spread, closed, duel, metrics_of, over_seeds
+from refine_control.evaluate.metrics import sign
 
 LEAST_SEEDS, MAY_LOSE, LEAST_SHARE, LEAST_CLOSED = 3, 1, 0.95, 0.5
 CLASSICAL = ("mean-fill", "telea", "navier-stokes", "biharmonic")

@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel, wilcoxon
 
+from refine_control.evaluate.metrics import sign
+
 REGIONS = ("whole", "hole")
 Results = dict[int, dict[str, Any]]  # seed -> what runs.finish returns
-HIGHER_IS_BETTER = ("psnr", "ssim")
-
-
-def sign(metric: str) -> int:
-    """1 where more is better, -1 where less is."""
-    return 1 if metric.partition("[")[0] in HIGHER_IS_BETTER else -1
 
 
 def value(result: dict[str, Any], domain: str, metric: str, region: str) -> float:

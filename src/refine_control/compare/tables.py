@@ -7,7 +7,8 @@ from typing import Any
 
 from refine_control.compare.claims import Claim
 from refine_control.compare.plan import TEACHER, CompareRecipe
-from refine_control.compare.statistics import Results, beyond_spread, duel, metrics_of, sign
+from refine_control.compare.statistics import Results, beyond_spread, duel, metrics_of
+from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.report import Row
 
 HEADINGS = {

@@ -25,6 +25,7 @@ __all__ = [
     "kernel_distance",
     "lpips_distance",
     "psnr",
+    "sign",
     "ssim",
 ]
 
@@ -33,6 +34,11 @@ PSNR_CEILING = 100.0  # dB; means floor the squared error at 1e-10, so that one 
 _CMMD_SIGMA = 10.0
 _CMMD_SCALE = 1000.0
 _CHUNK = 512  # rows of a kernel matrix held at once
+
+
+def sign(metric: str) -> int:
+    """1 for a metric of which more is better, -1 where less is; `lpips[efficientnet-lite0]` counts as lpips."""
+    return 1 if metric.partition("[")[0] in ("psnr", "ssim") else -1
 
 
 def check_images(name: str, images: Tensor) -> None:

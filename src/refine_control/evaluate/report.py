@@ -18,6 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.score import RULES
 from refine_control.files import write_whole
 
@@ -27,7 +28,6 @@ PICTURES = 12  # shown of each domain
 _SIDE = 192  # pixels; larger pictures are shrunk to it, so that the page stays small
 _POINTS = 400  # drawn of each curve
 _WIDTH, _HEIGHT = 280, 140  # of a drawing of curves, in SVG units
-_HIGHER_IS_BETTER = {"psnr", "ssim"}
 Values = list[float | None]
 _REGIONS = ("whole", "hole")
 _COSTS = {  # field of a row: (title, unit shown, how many of the field's are one of them)
@@ -199,7 +199,7 @@ def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: flo
 
     Students are the rows with params below the first. All that read alike are best, unless all do; not of costs.
     """
-    is_up = key.partition("[")[0] in _HIGHER_IS_BETTER
+    is_up = sign(key) > 0
     largest = max((abs(v) / scale for v in values if v is not None), default=0) or 1
     decimals = min(max(3 - math.floor(math.log10(largest)) - (largest < 1), 0), 6)
     texts = ["–" if v is None else f"{v / scale:,.{decimals}f}" for v in values]

@@ -16,6 +16,7 @@ from refine_control.data.source import open_usable
 from refine_control.diffusion.sample import paste
 from refine_control.evaluate.features import efficientnet_lite0
 from refine_control.evaluate.heldout import HeldOut
+from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.score import Reference
 from refine_control.export.graph import Graph
 from refine_control.export.onnx import Feed
@@ -24,7 +25,6 @@ from refine_control.runtime import Student, noise
 
 BOUNDS = {"fp32": 1e-4, "fp16": 1e-2, "int8": 10.0}  # of graph_error; int8's own is what it does to the scores
 MOST_LOSS = 0.02  # of a score, through int8
-HIGHER_IS_BETTER = ("psnr", "ssim")
 
 
 def graph_error(graph: Graph, student: Student) -> float:
@@ -85,6 +85,6 @@ def losses(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     lost = {}
     for name in before:
         was, is_now = before[name]["hole"], after[name]["hole"]
-        worse = (was - is_now) * (1 if name in HIGHER_IS_BETTER else -1)
+        worse = (was - is_now) * sign(name)
         lost[name] = worse / abs(was) if was else math.copysign(math.inf, worse) if worse else 0.0
     return lost
