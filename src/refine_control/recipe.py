@@ -99,6 +99,7 @@ class StageConfig(Config):
     task_on_unlabelled: bool = True  # the noise is known without any label
     caption_dropout: float = Field(0.1, ge=0, le=1)
     word_dropout: float = Field(0.0, ge=0, le=1)  # of each word of the captions that are kept
+    hole_weight: PositiveFloat = 1.0  # of a pixel to fill against a known one, in the task and output terms
     snr_gamma: PositiveFloat | None = None  # min-SNR weighting (2303.09556); with v it silences pure noise
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refine_control.distill.losses import feature_loss, output_loss, task_loss
+from refine_control.distill.losses import by_place, feature_loss, output_loss, task_loss
 
 ONES = torch.ones(2)
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,6 +29,26 @@ def test_rows_are_weighed_then_averaged(distance: Distance) -> None:
     student = torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1, 1).expand_as(target)
     torch.testing.assert_close(distance(student, target, torch.ones(3)), torch.tensor((1 + 4 + 25) / 3))
     torch.testing.assert_close(distance(student, target, torch.tensor([1, 0.5, 0])), torch.tensor((1 + 2 + 0) / 3))
+
+
+def test_the_hole_counts_as_many_times_as_said_and_a_rows_mean_stays_one() -> None:
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4], mask[1, :, :, :2] = 1, 1
+    place = by_place(mask, 3.0, torch.Size((4, 4)))
+    assert place is not None
+    torch.testing.assert_close(place.mean((1, 2, 3)), ONES)
+    torch.testing.assert_close(place[:, 0, 0, 0], 3 * place[:, 0, 3, 3])
+    torch.testing.assert_close(place[0, 0, 0, 0], torch.tensor(1.5))  # half of the row: 3 / ((3 + 1) / 2)
+    assert by_place(mask, 1.0, torch.Size((4, 4))) is None
+
+
+@pytest.mark.parametrize("distance", [task_loss, output_loss])
+def test_an_error_in_the_hole_costs_more_than_the_same_one_beside_it(distance: Callable[..., Tensor]) -> None:
+    place = by_place(torch.eye(2).view(1, 1, 2, 2), 4.0, torch.Size((2, 2)))
+    off = torch.zeros(4, 1, 2, 2)
+    off.view(4, 4)[range(4), range(4)] = 1  # in each row at another place
+    at = torch.stack([distance(row[None], torch.zeros(1, 1, 2, 2), torch.ones(1), place) for row in off])
+    torch.testing.assert_close(at, torch.tensor([4.0, 1, 1, 4]) / 2.5 / 4)
 
 
 @pytest.mark.parametrize("distance", [task_loss, output_loss])

@@ -163,6 +163,13 @@ def test_plain_rows_get_the_empty_prompt(teacher: Model, monkeypatch: pytest.Mon
     assert [caption == "" for caption in captions] == (~rows.labelled).tolist()
 
 
+def test_the_hole_weighs_more_in_the_task_and_output_terms_alone(teacher: Model) -> None:
+    plain, weighed = (terms_of(teacher, stage(hole_weight=w), batch()) for w in (1.0, 9.0))
+    assert weighed["task"] != plain["task"]
+    assert weighed["output"] != plain["output"]
+    assert weighed["feature"] == plain["feature"]
+
+
 def test_min_snr_weighs_the_terms_down(teacher: Model) -> None:
     plain, weighed = (terms_of(teacher, stage(snr_gamma=gamma), batch()) for gamma in (None, 1.0))
     assert 0 < weighed["task"] < plain["task"]

@@ -27,7 +27,7 @@ from refine_control.diffusion.text import Text
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.draw import Draw, draw
 from refine_control.distill.loop import Losses
-from refine_control.distill.losses import feature_loss, output_loss, task_loss
+from refine_control.distill.losses import by_place, feature_loss, output_loss, task_loss
 from refine_control.errors import UserError
 from refine_control.recipe import LossWeights, StageConfig
 
@@ -41,6 +41,7 @@ class Seen:
 
     predicted, taught, target: (B, c, h, w), the student's and the teacher's prediction and what is true. weight: (B,),
     of the row (min-SNR). has_task: (B,), 0 for rows that take no task term. mask: (B, 1, H, W), 1 in the hole.
+    place: (B, 1, h, w), what each place of a prediction counts; None: all alike.
     student, teacher: point -> (B, C, h, w) as the networks made it; `bridges` maps and projects them.
     """
 
@@ -53,16 +54,17 @@ class Seen:
     student: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor]
     bridges: Bridges | None
+    place: Tensor | None = None
 
 
 def tri_level(seen: Seen, weights: LossWeights) -> Losses:
     """The terms of the paper's loss. Those with weight 0 are neither computed nor named."""
     terms: Losses = {}
     if weights.task:
-        terms["task"] = task_loss(seen.predicted, seen.target, seen.weight * seen.has_task)
+        terms["task"] = task_loss(seen.predicted, seen.target, seen.weight * seen.has_task, seen.place)
     if weights.output:
         assert seen.taught is not None
-        terms["output"] = output_loss(seen.predicted, seen.taught, seen.weight)
+        terms["output"] = output_loss(seen.predicted, seen.taught, seen.weight, seen.place)
     if seen.bridges:
         terms["feature"] = feature_loss(seen.bridges(seen.student), seen.bridges.targets(seen.teacher))
     return terms
@@ -117,7 +119,8 @@ class Distillation(nn.Module):
             taught, features = self._teach(batch, inputs, teacher_points)
         weight = self.schedule.row_weight(d.t, self.stage.snr_gamma)
         has_task = torch.ones_like(weight) if self.stage.task_on_unlabelled else batch.labelled.to(weight)
-        seen = Seen(predicted, d.target, taught, weight, has_task, batch.mask, taps.features, features, bridges)
+        place = by_place(batch.mask, self.stage.hole_weight, predicted.shape[-2:])
+        seen = Seen(predicted, d.target, taught, weight, has_task, batch.mask, taps.features, features, bridges, place)
         terms = self.losses(seen, weights)
         if odd := terms.keys() - LossWeights.model_fields.keys():
             raise UserError(f"a rival's losses are named {', '.join(sorted(odd))}; name them task, output or feature")
