@@ -130,11 +130,24 @@ def test_a_fingerprint_sees_names_sizes_and_times(tmp_path: Path) -> None:
 def test_a_step_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     arrays = {"output": np.arange(6, dtype=np.float16).reshape(2, 3), "foundation.mid_block": np.ones((1, 2))}
     Steps(tmp_path, "teacher", KEY, 1.0).put("7", arrays)
-    kept = Steps(tmp_path, "teacher", KEY, 1.0).get("7")
+    kept = Steps(tmp_path, "teacher", KEY, 1.0).get("7", list(arrays))
     assert kept is not None
     assert kept.keys() == arrays.keys()
     assert all(np.array_equal(kept[name], array) and kept[name].dtype == array.dtype for name, array in arrays.items())
-    assert Steps(tmp_path, "teacher", {**KEY, "seed": 1}, 1.0).get("7") is None
+    assert Steps(tmp_path, "teacher", {**KEY, "seed": 1}, 1.0).get("7", ["output"]) is None
+
+
+def test_a_run_reads_what_it_needs_and_adds_what_others_did_not(tmp_path: Path) -> None:
+    one, two, other = (np.full(3, n) for n in (1.0, 2.0, 3.0))
+    steps = Steps(tmp_path, "teacher", KEY, 1.0)
+    steps.put("7", {"output": one, "a": two})
+    assert steps.get("7", ["output", "b"]) is None
+    used = steps.put("7", {"output": other, "b": other})
+    assert np.array_equal(used["output"], one), "the first run may meet it again, after a resume"
+    kept = steps.get("7", ["output", "a", "b"])
+    assert kept is not None
+    assert [kept[name][0] for name in ("output", "a", "b")] == [1, 2, 3]
+    assert list(steps.get("7", ["b"]) or ()) == ["b"]
 
 
 def test_no_more_steps_are_kept_than_asked(tmp_path: Path) -> None:
@@ -143,7 +156,7 @@ def test_no_more_steps_are_kept_than_asked(tmp_path: Path) -> None:
         steps = Steps(tmp_path, "teacher", KEY, 250_000 / 2**30)
         for number in range(4):
             steps.put(str(number), array)
-    assert [steps.get(str(number)) is not None for number in range(4)] == [True, True, False, False]
+    assert [steps.get(str(number), ["output"]) is not None for number in range(4)] == [True, True, False, False]
 
 
 def test_a_damaged_step_is_computed_again(tmp_path: Path) -> None:
@@ -151,5 +164,7 @@ def test_a_damaged_step_is_computed_again(tmp_path: Path) -> None:
     steps.put("7", {"output": np.zeros(3)})
     path = steps.folder / "7.safetensors"
     path.write_bytes(path.read_bytes()[:40])
-    assert steps.get("7") is None
+    assert steps.get("7", ["output"]) is None
     assert not path.exists()
+    path.mkdir()
+    assert steps.get("7", ["output"]) is None, "nor is what is no file read"

@@ -225,10 +225,9 @@ def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
     data = recipe.data.model_copy(update={"cache_dir": str(tmp_path), "teacher_cache_gb": 1.0})
     distiller = Distiller(recipe.teacher, data, recipe.run)
     seed, run, stage1 = 0, recipe.run, recipe.stage1
-    _, bridges = distiller.fresh_student(recipe)
 
     def place() -> str:
-        kept = distiller._kept_steps(recipe.model_copy(update={"run": run}), stage1, seed, bridges)
+        kept = distiller._kept_steps(recipe.model_copy(update={"run": run}), stage1, seed)
         assert kept is not None
         return kept.folder.name
 

@@ -182,10 +182,10 @@ def test_what_the_teacher_made_of_a_step_is_kept_for_the_next_student(teacher: M
     rows, other = batch(4, 0.5), batch(4, 0.5, seed=1)
     runs = runs_of(teacher.denoiser)
 
-    def losses_of(rows: Batch) -> dict[str, Tensor]:
-        student = tiny_denoiser(STUDENT, seed=1)
-        kept = Steps(tmp_path, "teacher", {}, 1.0)
-        return Distillation(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), stage(), kept)(rows)
+    def losses_of(rows: Batch, weights: tuple = (1, 1, 1)) -> dict[str, Tensor]:
+        student, kept = tiny_denoiser(STUDENT, seed=1), Steps(tmp_path, "teacher", {}, 1.0)
+        config, encoder = stage(weights=weights), Encoder(teacher, 0.1)
+        return Distillation(student, teacher, bridged(student, teacher), encoder, config, kept)(rows)
 
     made = losses_of(rows)
     assert len(runs) == 1 + 1, "one to know its shapes"
@@ -196,6 +196,9 @@ def test_what_the_teacher_made_of_a_step_is_kept_for_the_next_student(teacher: M
     assert {name: term.item() for name, term in made.items()} == pytest.approx(
         {name: term.item() for name, term in plain.items()}, rel=1e-3
     )
+    count = len(runs)
+    assert losses_of(rows, (1, 1, 0))["output"] == made["output"], "another run that needs less of it"
+    assert len(runs) == count + 1
     count = len(runs)
     losses_of(other)
     assert len(runs) == count + 2

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from refine_control.errors import DataError
@@ -111,7 +111,8 @@ class Table:
 class Steps:
     """What was computed at a training step, for runs that meet the same step again: one file a step, up to a size.
 
-    `root` as for a Table. A file is whole or absent; one that cannot be read is computed again.
+    `root` as for a Table. A file is whole or absent; one that cannot be read is computed again. It holds what every
+    run that met the step asked for, so that a run which needs less reads less, and one which needs more adds to it.
     """
 
     def __init__(self, root: Path, what: str, key: Mapping[str, Any], limit_gb: float) -> None:
@@ -120,23 +121,35 @@ class Steps:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.left = limit_gb * 2**30 - sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
-    def get(self, step: str) -> dict[str, np.ndarray] | None:
+    def get(self, step: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """These arrays of a step; None unless all are there."""
+        found = self._read(step, names)
+        return found if all(name in found for name in names) else None
+
+    def put(self, step: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Keeps what fits; the rest is computed again. Returns the arrays, those kept before as they were kept."""
+        before = self._read(step)
+        arrays = {name: before.get(name, array) for name, array in arrays.items()}
+        size = sum(array.nbytes for name, array in arrays.items() if name not in before)
+        if size and size <= min(self.left, shutil.disk_usage(self.folder).free // 2):
+            self.left -= size
+            data = save({name: np.ascontiguousarray(array) for name, array in (before | arrays).items()})
+            with suppress(OSError):
+                _write(self.folder / f"{step}.safetensors", lambda file: file.write(data))
+        return arrays
+
+    def _read(self, step: str, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Those of these arrays, or of all, that are kept."""
         path = self.folder / f"{step}.safetensors"
         try:
-            return load_file(path) if path.is_file() else None
+            if not path.is_file():
+                return {}
+            with safe_open(path, "np") as file:
+                kept = set(file.keys())
+                return {name: file.get_tensor(name) for name in (kept if names is None else kept.intersection(names))}
         except (OSError, SafetensorError):
             path.unlink(missing_ok=True)
-            return None
-
-    def put(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps what fits; a full disk only means that it is computed again."""
-        size = sum(array.nbytes for array in arrays.values())
-        if size > self.left or size > shutil.disk_usage(self.folder).free // 2:
-            return
-        self.left -= size
-        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        with suppress(OSError):
-            _write(self.folder / f"{step}.safetensors", lambda file: file.write(data))
+            return {}
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

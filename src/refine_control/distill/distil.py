@@ -142,7 +142,7 @@ class Distiller:
             student.compile_blocks()
             self.teacher.denoiser.compile_blocks()
         loader = self.loader(recipe, stage, folder.name)
-        kept = self._kept_steps(recipe, stage, loader.seed, bridges)
+        kept = self._kept_steps(recipe, stage, loader.seed)
         train(
             folder,
             Distillation(student, self.teacher, bridges, self.encoder, stage, kept, method.losses),
@@ -166,7 +166,7 @@ class Distiller:
         """What else decides the teacher's answers."""
         return settings(self.teacher, ["", *self.labelled.captions()])
 
-    def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int, bridges: Bridges) -> Steps | None:
+    def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int) -> Steps | None:
         """What the teacher made of the steps of a stage, for other students that meet the same steps."""
         if not (self.data.cache_dir and self.data.teacher_cache_gb):
             return None
@@ -179,7 +179,6 @@ class Distiller:
             "masks": recipe.masks.model_dump(),
             "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout", "word_dropout"}),
             "seed": seed,
-            "points": bridges.teacher_points if stage.weights.feature else [],
         }
         return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb)
 

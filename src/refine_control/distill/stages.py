@@ -130,14 +130,14 @@ class Distillation(nn.Module):
     def _teach(self, batch: Batch, inputs: Inputs, points: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's output and its features. What is kept is rounded to half precision, when it is made too."""
         step = f"{batch.seed:x}-{batch.rows[0]}-{len(batch)}"
-        found = self.kept.get(step) if self.kept else None
+        found = self.kept.get(step, (OUTPUT, *points)) if self.kept else None
         if found is None:
             with Taps(self.teacher.denoiser, points) as taps:
                 made = {OUTPUT: self.teacher.denoiser(*inputs), **taps.features}
             if self.kept is None:
                 return made[OUTPUT], made
-            found = {point: value.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy() for point, value in made.items()}
-            self.kept.put(step, found)
+            half = {point: value.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy() for point, value in made.items()}
+            found = self.kept.put(step, half)
         device = self.teacher.device
         made = {point: torch.from_numpy(value).to(device, torch.float32) for point, value in found.items()}
         return made[OUTPUT], made
