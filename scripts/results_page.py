@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from refine_control.export.bench import table as table_of_bench
 ROOT = Path(__file__).parent.parent
 BETTER_HIGH = ("psnr", "ssim")
 COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled")
+BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 CONTROLS = (
     "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
     "--rows scratch,teacher-weights,stage1-continued,plain-rows-without-task,refine-control"
@@ -96,17 +98,39 @@ def comparison(title: str, command: str, scores: dict[str, Any], note: str = "")
     return [*lines, ""]
 
 
-def compared(name: str, command: str) -> list[str]:
-    """What `refine-control compare` wrote, its headings two levels lower, and its plots."""
-    folder = ROOT / "results" / name
-    if not (folder / "table.md").is_file():
+def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> list[str]:
+    """A table in Markdown as a command wrote it, headings one level lower; pictures beside it: file -> text."""
+    file = ROOT / "results" / path
+    if not file.is_file():
         return []
-    title, *rest = (folder / "table.md").read_text(encoding="utf-8").splitlines()
-    lines = [f"#{title}", "", f"`{command}`", *(f"#{line}" if line.startswith("#") else line for line in rest), ""]
-    for cost, text in (("macs", "MACs of a forward"), ("wall_seconds", "time of training")):
-        if (folder / f"{cost}.png").is_file():
-            lines += [f"![scores against the {text}](../results/{name}/{cost}.png)", ""]
+    title, *rest = file.read_text(encoding="utf-8").splitlines()
+    lines = [f"#{title}", "", ", then ".join(f"`{command}`" for command in commands)]
+    lines += [*(f"#{line}" if line.startswith("#") else line for line in rest), ""]
+    for name, text in pictures.items():
+        if file.with_name(name).is_file():
+            lines += [f"![{text}](../results/{Path(path).with_name(name).as_posix()})", ""]
     return lines
+
+
+def compared(name: str, commands: Sequence[str]) -> list[str]:
+    """What `refine-control compare` wrote."""
+    costs = {"macs": "MACs of a forward", "wall_seconds": "time of training"}
+    plots = {f"{cost}.png": f"scores against the {text}" for cost, text in costs.items()}
+    return written(f"{name}/table.md", commands, plots)
+
+
+def bias() -> list[str]:
+    """A teacher's bias in its students: the comparison, then what passed."""
+    commands = [*BIASED, "refine-control compare recipes/compare-bias.yaml"]
+    return [
+        *compared("compare-bias", commands),
+        *written("compare-bias/bias.md", ["python scripts/bias_table.py"], {"pictures.png": "some of the pictures"}),
+    ]
+
+
+def sampler_steps() -> list[str]:
+    plot = {"plot.png": "scores in the hole against sampler steps"}
+    return written("sampler-steps/table.md", ["python scripts/sampler_steps.py"], plot)
 
 
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
@@ -163,9 +187,11 @@ def main() -> None:
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
         lines += by_domain(rows)
     for name in COMPARISONS:
-        lines += compared(name, f"refine-control compare recipes/{name}.yaml")
+        lines += compared(name, [f"refine-control compare recipes/{name}.yaml"])
+    lines += bias()
+    lines += sampler_steps()
     if (demo := read("demo/scores.json")) and "rows" in demo:
-        lines += compared("demo", "make demo")
+        lines += compared("demo", ["make demo"])
     elif demo:
         lines += comparison("The demo", "make demo", demo)
     if controls := read("controls/scores.json"):

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import io
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
-from refine_control.data.images import encode_png
+import derived
 from refine_control.data.source import open_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -35,28 +34,22 @@ def blur(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.GaussianBlur(0.05 * max(picture.size)))
 
 
-def write(source: str, out: Path, change: Change | None = None, kind: str | None = None) -> None:
-    dataset = open_dataset(ROOT / "data" / source, "train")
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for index in tqdm(range(len(dataset)), desc=out.name, unit="picture"):
-        if kind and f" {kind}" not in f" {dataset.text(index)}".split(",")[0]:
-            continue
-        picture = Image.fromarray(dataset[index].image)
-        changed = change(picture).convert("RGB") if change else picture
-        (aside / f"{index:06d}.png").write_bytes(encode_png(np.asarray(changed)))
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+def changed(change: Change) -> derived.Make:
+    return lambda example: replace(example, image=np.asarray(change(Image.fromarray(example.image)).convert("RGB")))
+
+
+def of_kind(kind: str) -> derived.Make:
+    return lambda example: example if derived.has_kind(example.text, kind) else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "unlabelled")
     out = parser.parse_args().out
-    write("openclipart", out / "openclipart-jpeg10", jpeg10)
-    write("openclipart", out / "openclipart-blur", blur)
-    write("emoji", out / "emoji-people", kind="person")
+    clip_art, emoji = (open_dataset(ROOT / "data" / name, "train") for name in ("openclipart", "emoji"))
+    derived.write(clip_art, out / "openclipart-jpeg10", changed(jpeg10))
+    derived.write(clip_art, out / "openclipart-blur", changed(blur))
+    derived.write(emoji, out / "emoji-people", of_kind("person"))
 
 
 if __name__ == "__main__":

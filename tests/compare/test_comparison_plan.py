@@ -69,6 +69,15 @@ def test_rows_set_keys_of_the_base_and_the_command_line_has_the_last_word(base: 
     assert rest == {"stage1.weights.output": "0.25"}
 
 
+def test_a_comparison_may_name_the_teacher_of_all_its_rows_and_a_row_may_not(base: Path) -> None:
+    plan, _ = load(tiny.write_comparison(base, set={"teacher": "zoo:other"}), {})
+    every = [base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))]
+    assert {recipe.teacher for recipe in every} == {"zoo:other"}
+    assert base_recipe(plan, {"teacher": "zoo:third"}).teacher == "zoo:third"
+    path = tiny.write_comparison(base, {"refine-control": {"set": {"teacher": "zoo:other"}}})
+    assert "all rows have one teacher; set 'teacher' for the whole comparison" in refused(path)
+
+
 def test_each_layer_lies_over_those_below_it(base: Path) -> None:
     rows = {"a": {"set": {"stages.learning_rate": 0.2}}, "b": {"set": {"stage2.learning_rate": 0.3}}}
     path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.1})

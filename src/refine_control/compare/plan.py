@@ -14,6 +14,7 @@ from refine_control.plans import Config
 from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
+TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
 
 
 class RowPlan(Config):
@@ -29,6 +30,14 @@ class RowPlan(Config):
     def _a_name_is_no_path(cls, value: str | None) -> str | None:
         if value is not None and not value.replace("-", "_").isidentifier():
             raise ValueError("a rival is named by words with '-' between, as its file is; a recipe cannot name a path")
+        return value
+
+    @field_validator("set")
+    @classmethod
+    def _learns_from_the_same_teacher(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in TEACHES:
+            if key in value:
+                raise ValueError(f"all rows have one teacher; set '{key}' for the whole comparison, beside its rows")
         return value
 
 
@@ -108,8 +117,8 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
 
 
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
-    """The base alone: it names the teacher, and the held-out pictures of every row."""
-    return _recipe(plan, [overrides])
+    """The base with the comparison's own teacher: it names the teacher, and the held-out pictures of every row."""
+    return _recipe(plan, [{key: plan.set[key] for key in TEACHES if key in plan.set}, overrides])
 
 
 def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = ()) -> list[Run]:

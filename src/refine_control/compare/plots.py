@@ -48,11 +48,16 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, 0.06 + 0.025 * (len(shown) // 5), 1, 1))
+    save(figure, path)
+    plt.close(figure)
+
+
+def save(figure: Any, path: Path) -> None:
+    """As a PNG, whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")  # two processes may write it
     figure.savefig(aside, dpi=110, metadata={"Software": None})
     os.replace(aside, path)
-    plt.close(figure)
 
 
 def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any) -> None:

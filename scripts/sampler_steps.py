@@ -1,0 +1,180 @@
+"""Quality against sampler steps: saved models on a comparison's held-out pictures, drawn with few steps and with many.
+
+    python scripts/sampler_steps.py
+    python scripts/sampler_steps.py --model mine=runs/mine/student --model zoo:emoji-teacher --steps 2 10
+
+Without --model: the teacher of recipes/compare-emoji.yaml, the first three students of some of its rows, and the
+embedded student. A name that stands several times is one line over several seeds. Pictures, masks, noise and guidance
+are the comparison's. Stopped, it goes on: what a model drew is kept in --work. Writes scores.json, table.md, plot.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refine_control.compare import plots
+from refine_control.compare.plan import TEACHER, CompareRecipe, base_recipe, load, runs
+from refine_control.compare.runs import Workshop
+from refine_control.compare.statistics import over_seeds
+from refine_control.compare.tables import HEADINGS
+from refine_control.errors import UserError
+from refine_control.evaluate.domains import Domain, evaluate_model
+from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.saved import machine
+from refine_control.files import write_whole
+from refine_control.recipe import DistilRecipe
+
+STEPS = (2, 4, 6, 10, 20, 50)
+ROWS = ("scratch", "output-kd", "refine-control")
+SEEDS = 3
+EMBEDDED = "zoo:emoji-student"
+KINDS = ("mean", "spread")
+Models = dict[str, list[str]]  # name of a line -> its models, one a seed
+Lines = dict[str, dict[int, dict[str, Any]]]  # name -> steps -> {"mean", "spread", "models"}
+
+
+def default_models(plan: CompareRecipe) -> Models:
+    """The teacher, the first students of ROWS that are there, the embedded student."""
+    models: Models = {TEACHER: [base_recipe(plan, {}).teacher]}
+    for row in ROWS:
+        students = [str(run.work / "student") for run in runs(plan, {}) if run.row == row][:SEEDS]
+        if there := [student for student in students if Path(student).is_dir()]:
+            models[row] = there
+        for absent in sorted({*students} - {*there}):
+            print(f"sampler_steps: no student in '{absent}'; the table is without it", file=sys.stderr)
+    return {**models, EMBEDDED.removeprefix("zoo:"): [EMBEDDED]}
+
+
+def named_models(words: Sequence[str]) -> Models:
+    """['a=folder', 'a=other', 'zoo:b', ...]; a model without a name has its own."""
+    models: Models = {}
+    for word in words:
+        name, _, path = word.rpartition("=")
+        models.setdefault(name or path, []).append(path)
+    return models
+
+
+def measure(
+    models: Models, steps: Sequence[int], recipe: DistilRecipe, domains: dict[str, Domain], work: Path
+) -> Lines:
+    """Draws and scores what is not there yet."""
+    lines: Lines = {}
+    for name, paths in models.items():
+        for count in steps:
+            sample = recipe.sample.model_copy(update={"num_inference_steps": count})
+            results = {
+                place: evaluate_model(
+                    path,
+                    domains,
+                    recipe.model_copy(update={"sample": sample}),
+                    work / name.replace(":", "-").replace("/", "-") / f"{place}" / f"steps-{count}",
+                )
+                for place, path in enumerate(paths)
+            }
+            mean, spread = over_seeds(results)
+            lines.setdefault(name, {})[count] = {"mean": mean, "spread": spread, "models": len(results)}
+    return lines
+
+
+def markdown(lines: Lines, sentence: str) -> str:
+    """Scores in the hole, a table for each domain."""
+    parts = ["# Quality against sampler steps", "", sentence, ""]
+    for domain in _domains(lines):
+        metrics = _metrics(lines, domain)
+        arrows = [f"{m} {'↑' if sign(m) > 0 else '↓'}" for m in metrics]
+        parts += [f"## {HEADINGS.get(domain, domain)}, in the hole", "", f"| | steps | {' | '.join(arrows)} | seeds |"]
+        parts.append("|---|" + "---:|" * (len(metrics) + 2))
+        for name, by_steps in lines.items():
+            for count, one in by_steps.items():
+                cells = [_cell(one, domain, metric) for metric in metrics]
+                parts.append(f"| {name} | {count} | {' | '.join(cells)} | {one['models']} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _cell(one: Mapping[str, Any], domain: str, metric: str) -> str:
+    mean, spread = (one[kind][domain][metric]["hole"] for kind in KINDS)
+    return f"{mean:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+
+
+def _domains(lines: Lines) -> list[str]:
+    return list(next(iter(next(iter(lines.values())).values()))["mean"])
+
+
+def _metrics(lines: Lines, domain: str) -> list[str]:
+    return list(next(iter(next(iter(lines.values())).values()))["mean"][domain])
+
+
+def plot(lines: Lines, path: Path) -> None:
+    """A panel for each domain and metric, in the hole; a line for each name, standard deviations over seeds as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
+
+    domains = _domains(lines)
+    metrics = _metrics(lines, domains[0])
+    steps = sorted({count for by_steps in lines.values() for count in by_steps})
+    size = (3.0 * len(metrics), 2.9 * len(domains) + 0.6)
+    figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
+    for i, domain in enumerate(domains):
+        for j, metric in enumerate(metrics):
+            axis = axes[i, j]
+            for name, by_steps in lines.items():
+                cells = [[one[kind][domain][metric]["hole"] or 0 for one in by_steps.values()] for kind in KINDS]
+                axis.errorbar(list(by_steps), cells[0], yerr=cells[1], label=name, marker=".", capsize=2)
+            axis.set_title(f"{metric} {'↑' if sign(metric) > 0 else '↓'}\n{domain}", fontsize=8)
+            axis.set_xscale("log")
+            axis.set_xticks(steps, [str(count) for count in steps])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.tick_params(labelsize=7)
+            if i == len(domains) - 1:
+                axis.set_xlabel("sampler steps", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=8, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    plots.save(figure, path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-emoji.yaml"))
+    parser.add_argument("--model", action="append", metavar="NAME=PATH", help="a saved pipeline's folder, or zoo:NAME")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("results/sampler-steps"))
+    parser.add_argument("--work", type=Path, default=Path("runs/sampler-steps"))
+    args = parser.parse_args()
+    plan, _ = load(args.recipe, {})
+    shop = Workshop(base_recipe(plan, {}))
+    models = named_models(args.model) if args.model else default_models(plan)
+    lines = measure(models, args.steps, shop.base, shop.domains, args.work)
+    scored = [reference.provenance() for reference in next(iter(shop.domains.values())).references]
+    result = {
+        "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
+        "commit": shop.commit, "machine": machine(), "extractors": scored, "models": models,
+        "sample": shop.base.sample.model_dump(exclude={"num_inference_steps"}), "rows": lines,
+    }  # fmt: skip
+    write_whole(args.out / "scores.json", json.dumps(result, indent=1))
+    sentence = (
+        f"Mean ± standard deviation over training seeds; {scored[0]['n']} held-out pictures a domain, the same noise "
+        f"for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
+        f"code at {shop.commit or 'no commit'}."
+    )
+    text = markdown(lines, sentence)
+    write_whole(args.out / "table.md", text)
+    plot(lines, args.out / "plot.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"sampler_steps: {error}")
