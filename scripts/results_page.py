@@ -15,7 +15,7 @@ from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
 BETTER_HIGH = ("psnr", "ssim")
-COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled")
+COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled", "compare-schedule")
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 CONTROLS = (
     "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
