@@ -14,6 +14,7 @@ from refine_control.errors import RecipeError
 from refine_control.recipe import DistilRecipe, LossWeights
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("compare-*.yaml"))
+FAIR = [path for path in SHIPPED if path.name != "compare-schedule.yaml"]  # whose rows are about the rates themselves
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_every_row_of_a_shipped_comparison_is_a_valid_recipe(path: Path) -> None
         assert run.out == Path(plan.output_dir) / run.row / f"seed-{run.seed}"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FAIR, ids=lambda path: path.name)
 def test_rows_of_a_shipped_comparison_learn_alike(path: Path) -> None:
     """Same student, batches, rates and sampler; as many steps unless the row says that it is about time."""
     plan, _ = load(path, {})
