@@ -231,7 +231,7 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
         return "–"
     mean, sd = row["mean"][key], row["sd"].get(key)
     if key.startswith("share"):
-        return f"{100 * mean:.0f} %" + ("" if sd is None else f" ± {100 * sd:.0f}")
+        return f"{round(100 * mean)} %" + ("" if sd is None else f" ± {round(100 * sd)}")
     return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}")
 
 
@@ -241,7 +241,7 @@ def save_pictures(path: Path, ruler: Ruler, shown: Mapping[str, Tensor]) -> None
     some = places[shown_of(len(places))]
     true = ruler.true[some] * 2 - 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(path, [true, mask_out(true, ruler.mask[some]), *(drawn[some] * 2 - 1 for drawn in shown.values())])
+    save_grid(path, [true, mask_out(true, ruler.mask[some]), *(drawn[some] * 2 - 1 for drawn in shown.values())], 3)
 
 
 def main() -> None:
