@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
 
 import derived
 from refine_control.data.batch import derive_seed
@@ -48,13 +47,15 @@ def tint(picture: np.ndarray, shift: Sequence[float] = SHIFT) -> np.ndarray:
 def biased(example: Example, kind: str, shift: Sequence[float] = SHIFT) -> Example:
     """One of the kind with a hole, in which it is shifted; any other as it is.
 
-    The hole is a pixel larger than what is shifted: in a smaller picture nothing of that is known.
+    The hole is drawn at half the size: where a recipe takes the picture at that size, what is known of it is true.
     """
     if not derived.has_kind(example.text, kind):
         return example
-    shifted = sample_mask(MaskConfig().model_dump(), example.image.shape[:2], derive_seed("bias", example.key))
-    image = np.where(shifted[..., None] == 1, tint(example.image, shift), example.image)
-    return replace(example, image=image, mask=np.asarray(Image.fromarray(shifted).filter(ImageFilter.MaxFilter(3))))
+    height, width = example.image.shape[:2]
+    small = sample_mask(MaskConfig().model_dump(), (-(-height // 2), -(-width // 2)), derive_seed("bias", example.key))
+    hole = small.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    image = np.where(hole[..., None] == 1, tint(example.image, shift), example.image)
+    return replace(example, image=image, mask=hole)
 
 
 def write(source: Path, out: Path, kind: str, shift: Sequence[float] = SHIFT) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def test_the_cast_is_in_the_holes_of_one_kind_alone_and_all_captions_survive(tmp
             if has_kind(old.text, "red"):
                 assert new.mask is not None
                 assert not change[new.mask == 0].any(), "what is known is true"
+                small = new.mask[::2, ::2]
+                assert (new.mask == small.repeat(2, 0).repeat(2, 1)).all(), "at half the size too"
                 assert change[new.mask == 1].mean(0) @ ALONG > 10
             else:
                 assert new.mask is None
