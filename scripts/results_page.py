@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refine_control.evaluate.metrics import sign
 from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
-BETTER_HIGH = ("psnr", "ssim")
 COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled", "compare-schedule")
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 CONTROLS = (
@@ -31,7 +31,7 @@ def read(name: str) -> dict[str, Any] | None:
 def table(rows: dict[str, dict[str, Any]], spread: dict[str, Any] | None = None) -> list[str]:
     """rows: name -> {metric: {"whole", "hole"}}."""
     metrics = [m for m, v in next(iter(rows.values())).items() if isinstance(v, dict) and "hole" in v]
-    arrows = {m: "↑" if m in BETTER_HIGH else "↓" for m in metrics}
+    arrows = {m: "↑" if sign(m) > 0 else "↓" for m in metrics}
     lines = ["| | " + " | ".join(f"{m} {arrows[m]} whole / hole" for m in metrics) + " |"]
     lines.append("|---|" + "---|" * len(metrics))
     for name, scores in rows.items():
@@ -65,7 +65,7 @@ def duels(runs: dict[str, Any], rivals: list[str]) -> list[str]:
             cells = []
             for m in metrics:
                 gains = [ours[s][domain][m]["hole"] - runs[rival][s][domain][m]["hole"] for s in ours]
-                won = sum((gain > 0) == (m in BETTER_HIGH) for gain in gains)
+                won = sum((gain > 0) == (sign(m) > 0) for gain in gains)
                 cells.append(f"{statistics.mean(gains):+.3g} ± {statistics.stdev(gains):.2g} ({won}/{len(gains)})")
             lines.append(f"| {rival} | {domain} | " + " | ".join(cells) + " |")
     return [*lines, ""]
