@@ -88,6 +88,7 @@ class StageConfig(Config):
 
     steps: int = Field(1000, ge=0)
     batch_size: PositiveInt = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate: float = Field(0.0, ge=0, le=1)  # of learning_rate, at the end of the cosine

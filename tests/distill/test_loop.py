@@ -471,16 +471,37 @@ class Overflowing(Wide):
         return {**terms, "near": terms["near"] + 4 * self.x.half().float().sum()}
 
 
-@pytest.mark.parametrize("change", [{"use_8bit_adam": True}, {"mixed_precision": "fp16"}], ids=str)
-def test_an_interrupted_run_equals_one_that_was_not(tmp_path: Path, change: dict[str, object]) -> None:
-    run = SAVED_OFTEN.model_copy(update=change)
-    kind = Overflowing if "mixed_precision" in change else Wide
-    whole = toy(tmp_path / "whole", kind(), run=run, steps=7, max_grad_norm=10)
+class Square(Toy):
+    """As Toy, with a matrix large enough that Muon counts it as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.linspace(-1, 1, 16 * 16).reshape(16, 16))
+
+    def forward(self, batch: Batch) -> Losses:
+        terms = super().forward(batch)
+        return {**terms, "small": terms["small"] + (self.x.repeat(4) @ self.matrix).square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "optimizer"),
+    [
+        (Wide, {"use_8bit_adam": True}, "adamw"),
+        (Overflowing, {"mixed_precision": "fp16"}, "adamw"),
+        (Square, {}, "muon"),
+    ],
+    ids=["8 bits", "fp16", "muon"],
+)
+def test_an_interrupted_run_equals_one_that_was_not(
+    tmp_path: Path, kind: type[Wide | Square], change: dict[str, object], optimizer: str
+) -> None:
+    changes = {"run": SAVED_OFTEN.model_copy(update=change), "steps": 7, "max_grad_norm": 10, "optimizer": optimizer}
+    whole = toy(tmp_path / "whole", kind(), **changes)
     half = kind()
     interrupted_at(5, half, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        toy(tmp_path / "half", half, run=run, steps=7, max_grad_norm=10)
-    again = toy(tmp_path / "half", kind(), run=run, steps=7, max_grad_norm=10)
+        toy(tmp_path / "half", half, **changes)
+    again = toy(tmp_path / "half", kind(), **changes)
     assert len(again.seen) == 3
     assert torch.equal(again.x, whole.x)
     assert torch.equal(again.matrix, whole.matrix)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from refine_control.distill.optimizer import LossScale, build_optimizer, ema_decay
+from refine_control.distill.optimizer import LossScale, build_optimizer, ema_decay, moment_bytes
 from refine_control.errors import RecipeError
+from refine_control.recipe import RunConfig
 from tiny import RUN, stage
 
 EIGHT = RUN.model_copy(update={"use_8bit_adam": True})
@@ -71,6 +72,27 @@ def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(RecipeError, match=r"needs bitsandbytes: pip install 'refine-control\[8bit\]'"):
         build_optimizer([nn.Parameter(torch.zeros(1))], stage(), EIGHT)
+
+
+def test_muon_has_no_eight_bits() -> None:
+    with pytest.raises(RecipeError, match=r"run\.use_8bit_adam is of AdamW; set it to false"):
+        build_optimizer([nn.Parameter(torch.zeros(1))], stage(optimizer="muon"), EIGHT)
+
+
+@pytest.mark.parametrize("run", [RUN, EIGHT], ids=["fp32", "8 bits"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_counted_as_they_are_kept(run: RunConfig, optimizer: str) -> None:
+    if run is EIGHT and optimizer == "muon":
+        pytest.skip("refused")
+    config = stage(optimizer=optimizer)
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((256, 256), (8192,))]
+    built = build_optimizer(weights, config, run)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    built.step()
+    for weight in weights:
+        kept = sum(v.nbytes for k, v in built.state[weight].items() if k != "step" and "qmap" not in k)
+        assert kept == pytest.approx(moment_bytes(weight, config, run), rel=0.05)
 
 
 def test_the_average_forgets_the_random_start() -> None:

@@ -90,6 +90,18 @@ def test_two_processes_end_where_one_does(
     assert_learnt_the_same(recipe, one, weights(tmp_path / "student"))
 
 
+def test_sharded_matrices_step_as_whole_ones_do(recipe: Path, tmp_path: Path) -> None:
+    """Under Muon a step needs the whole matrix, of which each process has a part."""
+    muon = ("--stage1.optimizer", "muon", "--stage2.optimizer", "muon")
+    ends = []
+    for processes, shard in ((1, "false"), (2, "true")):
+        run = tmp_path / f"{processes}"
+        done = distil(recipe, processes, "--output_dir", str(run), "--run.shard", shard, *muon)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends.append(weights(run / "student"))
+    assert_learnt_the_same(recipe, *ends)
+
+
 GOES_ON = "2/4 [00:00<?"  # the progress bar of a stage that begins with its third step
 DIES_ONCE = """
 import os, sys, threading, time

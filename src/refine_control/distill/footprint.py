@@ -15,14 +15,14 @@ from refine_control.diffusion.taps import Taps, feature_shapes
 from refine_control.diffusion.text import Text
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.losses import feature_loss
+from refine_control.distill.optimizer import moment_bytes
 from refine_control.recipe import DistilRecipe
 from refine_control.student.plan import build_student, cost, on_meta, plan_cost, probe
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 LEARNING = 4 * 3  # bytes a parameter: weight, gradient, moving average, all fp32
-MOMENTS = {False: 8, True: 2}  # the two of AdamW, in fp32 or in 8 bits
 SUSTAINED = 50  # TFLOP/s, for an example: about a third of what a 24 GB GPU of 2022 promises in bf16
-CHECKPOINT = 4 * 2  # weight and moving average, beside the moments
+CHECKPOINT = 4 * 2  # weight and moving average, beside the optimiser's moments
 FORWARDS = 3  # a forward and its backward cost about three forwards
 
 
@@ -57,18 +57,17 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
     rows = recipe.stage1.batch_size // (processes * recipe.run.gradient_accumulation_steps)
     parts = [part for part in (teacher.vae, teacher.text_encoder, teacher.text_encoder_2) if part is not None]
     frozen = _parameters(teacher.denoiser) * BYTES[recipe.run.teacher_dtype] + sum(map(_parameters, parts)) * 4
-    learning, activations = _one_pass(recipe, teacher, max(1, rows))
+    learning, moments, activations = _one_pass(recipe, teacher, max(1, rows))
     x_t, _, text, _ = probe(teacher, "meta")
-    moments = MOMENTS[recipe.run.use_8bit_adam]
     samples = sum(stage.steps * stage.batch_size for stage in (recipe.stage1, recipe.stage2))
     student = plan_cost(recipe.student, teacher)
     return Footprint(
         rows=max(1, rows),
         frozen=frozen,
-        learning=learning * (LEARNING + moments) // (processes if recipe.run.shard else 1),
+        learning=(learning * LEARNING + moments) // (processes if recipe.run.shard else 1),
         activations=activations,
-        checkpoint=learning * (CHECKPOINT + moments),
-        disk=2 * learning * (CHECKPOINT + moments) + 4 * student.parameters + 4 * sum(map(_parameters, parts)),
+        checkpoint=learning * CHECKPOINT + moments,
+        disk=2 * (learning * CHECKPOINT + moments) + 4 * student.parameters + 4 * sum(map(_parameters, parts)),
         latents=4 * x_t.numel(),
         text=4 * sum(part.numel() for part in text if part is not None),
         macs=samples * (cost(teacher.denoiser, teacher).macs + FORWARDS * student.macs),
@@ -80,7 +79,7 @@ def footprint_table(f: Footprint) -> str:
     lines = {
         "memory": f"{f.memory / 1e9:.1f} GB for one process and passes of {f.rows} pictures:",
         "  frozen": f"{f.frozen / 1e9:.1f} GB, teacher, VAE and text encoder",
-        "  learning": f"{f.learning / 1e9:.1f} GB, student and bridges: weights, gradients, AdamW, moving average",
+        "  learning": f"{f.learning / 1e9:.1f} GB, student and bridges: weights, gradients, optimiser, moving average",
         "  activations": f"{f.activations / 1e9:.1f} GB, kept for the backward pass",
         "disk": f"{f.disk / 1e9:.1f} GB, two checkpoints and the saved student",
         "  caches": f"and {f.latents / 1e3:.0f} kB for each version of a picture, {f.text / 1e3:.0f} kB for each "
@@ -95,8 +94,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.2g} hours" if seconds >= 3600 else f"{seconds:,.2g} seconds"
 
 
-def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int]:
-    """Parameters that learn, and the bytes that autograd keeps of a forward of `rows` pictures.
+def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int, int]:
+    """Parameters that learn; the bytes that stage 1's optimiser keeps of them, and autograd in a forward of `rows`.
 
     Runs student and bridges on tensors without contents; weights are not counted again, casts of them are.
     """
@@ -126,7 +125,8 @@ def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int
                 bridged = bridges(taps.features)
                 feature_loss(bridged, {point: torch.empty_like(value) for point, value in bridged.items()})
         activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    return sum(weight.numel() for weight in weights), activations
+    moments = sum(moment_bytes(weight, recipe.stage1, recipe.run) for weight in weights)
+    return sum(weight.numel() for weight in weights), moments, activations
 
 
 def _bridges(recipe: DistilRecipe, student: Denoiser, teacher: Model) -> Bridges | None:

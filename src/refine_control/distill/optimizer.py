@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refine_control.distill.muon import Muon, is_matrix
 from refine_control.distill.processes import whole
 from refine_control.errors import RecipeError
 from refine_control.recipe import RunConfig, StageConfig
@@ -45,12 +46,16 @@ class LossScale:
 
 
 def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig, run: RunConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, 1711.05101), its moments in 8 bits (Dettmers et al. 2022, 2110.02861) if asked.
+    """Muon, or AdamW (Loshchilov & Hutter 2019, 1711.05101), in 8 bits (Dettmers et al. 2022, 2110.02861) if asked.
 
     Raises:
-        RecipeError: 8 bits were asked for and bitsandbytes is not there.
+        RecipeError: 8 bits were asked for and bitsandbytes is not there, or the optimiser is Muon.
     """
     settings: dict[str, Any] = {"lr": stage.learning_rate, "weight_decay": stage.weight_decay, "betas": (0.9, 0.99)}
+    if stage.optimizer == "muon":
+        if run.use_8bit_adam:
+            raise RecipeError("run.use_8bit_adam is of AdamW; set it to false, or the stages' optimizer to adamw")
+        return Muon(parameters, **settings)
     if not run.use_8bit_adam:
         return torch.optim.AdamW(parameters, **settings, fused=True)  # one pass over the weights, on CPU too
     try:
@@ -60,6 +65,13 @@ def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig, run: Run
             "run.use_8bit_adam needs bitsandbytes: pip install 'refine-control[8bit]', or set it to false"
         ) from None
     return AdamW8bit(parameters, **settings)
+
+
+def moment_bytes(weight: Tensor, stage: StageConfig, run: RunConfig) -> int:
+    """What the optimiser keeps of a weight: AdamW two numbers each, in fp32 or 8 bits, Muon one of a matrix."""
+    if stage.optimizer == "muon" and is_matrix(weight):
+        return 4 * weight.numel()
+    return (2 if run.use_8bit_adam else 8) * weight.numel()
 
 
 def clip(parameters: list[nn.Parameter], largest: float) -> float:
