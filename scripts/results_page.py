@@ -15,7 +15,14 @@ from refine_control.evaluate.metrics import sign
 from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
-COMPARISONS = ("compare-emoji", "compare-levels", "compare-labels", "compare-unlabelled", "compare-schedule")
+COMPARISONS = (
+    "compare-headline",
+    "compare-emoji",
+    "compare-levels",
+    "compare-labels",
+    "compare-unlabelled",
+    "compare-schedule",
+)
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 CONTROLS = (
     "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
