@@ -13,6 +13,7 @@ SOURCE = Path(refine_control.__file__).parent
 ROOMS = [
     "errors",
     "files",
+    "plain",
     "runtime",
     "command",
     "plans",

@@ -34,7 +34,6 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.Mon
     def meanwhile(aside: Path) -> None:
         true(aside)
         monkeypatch.setattr(files, "sync", true)
-        monkeypatch.setattr("os.getpid", lambda: 1)
         files.write_whole(path, "theirs")
 
     monkeypatch.setattr(files, "sync", meanwhile)

@@ -187,11 +187,40 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert "recipes/" in message
 
 
-@pytest.mark.parametrize("content", [b"a: [1", b"- a\n- b\n", b"", b"\xff\xfe\x00", b"!!python/object:os.system {}"])
+NO_VALUES = ["2020-13-45", "!!int ''", "!!int x", "!!timestamp x", "9" * 5000, "[" * 50_000]
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"a: [1", b"- a\n- b\n", b"", b"\xff\xfe\x00", b"!!python/object:os.system {}", b"a: &a [*a]"),
+        *(f"seed: {value}".encode() for value in NO_VALUES),
+        *(BOMB.encode(), f"{BOMB}seed: *a11".encode()),
+    ],
+    ids=lambda content: ascii(content[:12]),
+)
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     assert str(path) in refused(path)
+
+
+def test_a_key_that_stands_twice_is_named_with_its_line(small: Path) -> None:
+    small.write_text(f"{SMALL}seed: 4\n", encoding="utf-8")
+    assert "the key 'seed' stands twice" in refused(small)
+    assert "line 9" in refused(small)
+    small.write_text(SMALL.replace("steps: 0", "steps: 0, steps: 1"), encoding="utf-8")
+    assert "the key 'steps' stands twice" in refused(small)
+
+
+def test_aliases_and_merged_keys_are_read(small: Path) -> None:
+    text = SMALL.replace("stage1: {", "stage1: &one {").replace("stage2: {", "stage2: {<<: *one, ")
+    small.write_text(text, encoding="utf-8")
+    recipe = load(DistilRecipe, small)
+    assert recipe.stage2 == recipe.stage1.model_copy(update={"steps": 0})
 
 
 def test_an_unreadable_path(tmp_path: Path) -> None:
@@ -261,7 +290,9 @@ def test_an_override_into_a_value(small: Path) -> None:
     assert "'steps' is a value" in refused(small, {"stage1.steps.more": "1"})
 
 
-@pytest.mark.parametrize("text", ["[1", "a: b: c", "!!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text", ["[1", "a: b: c", "!!python/object:os.system {}", *NO_VALUES], ids=lambda text: text[:12]
+)
 def test_an_override_that_is_not_yaml(small: Path, text: str) -> None:
     message = refused(small, {"output_dir": text})
     assert "--output_dir" in message

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
 from refine_control import __version__
 from refine_control.errors import UserError
+from refine_control.plain import read_yaml
 
 OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.labelled my/folder"
 Flag = tuple[tuple[str, ...], dict[str, Any]]
@@ -108,6 +107,6 @@ def parser() -> argparse.ArgumentParser:
 def plain(text: str) -> object:
     """A number where it reads as one; the config's own check names the rest."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except ValueError:
         return text

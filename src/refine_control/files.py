@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,19 +20,31 @@ LEFTOVER_SECONDS = 3600  # after which a file that was being written is being wr
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes aside, then renames: a reader never sees half of it, and a failure leaves what was there."""
+    """A reader never sees half of it, and a failure leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes that write the same file do not meet
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-        with suppress(FileNotFoundError):  # another process has just renamed it
-            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:  # of a process that was killed
-                old.unlink()
-    try:
+    remove_leftovers(path.parent, glob.escape(path.name))
+    with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`; synced and renamed to it at the end, gone where writing fails."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # who writes the same file, anywhere, is not met
+    try:
+        yield aside
         sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """What processes that were killed left of files that they were writing, of this name or any."""
+    for old in folder.glob(f".{name}.*tmp"):
+        with suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                old.unlink()
 
 
 def put_in_place(new: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ from pydantic import (
 
 from refine_control.errors import RecipeError
 from refine_control.files import is_known, write_whole
+from refine_control.plain import read_yaml
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
 
 FORMAT = 1  # of a recipe, those before it are read too; one that does not say, as those written by hand, is of 1
@@ -204,10 +205,10 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's file with overrides laid over it, not yet validated. Raises RecipeError."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at '{path}'; the shipped ones are in the clone's folder recipes/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read recipe '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{path}' must hold 'key: value' lines at its top level")
@@ -245,8 +246,8 @@ def save(config: Config, path: Path) -> None:
 
 def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
     try:
-        value = yaml.safe_load(value) if isinstance(value, str) else deepcopy(value)
-    except yaml.YAMLError:
+        value = read_yaml(value) if isinstance(value, str) else deepcopy(value)
+    except ValueError:
         raise RecipeError(f"--{dotted}: cannot read '{value}'; put text with ':' or brackets in quotes") from None
     *parents, leaf = dotted.split(".")
     for name in parents:

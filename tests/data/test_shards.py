@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -199,6 +200,13 @@ def test_compressed_empty_and_missing_tars_are_refused(tmp_path: Path) -> None:
         ShardDataset([tmp_path / "empty.tar"])
     with pytest.raises(DataError, match="cannot be read"):
         ShardDataset([tmp_path / "gone.tar"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(DataError, match=r"pipe\.tar: not a regular file"):
+        ShardDataset([tmp_path / "pipe.tar"])
 
 
 @pytest.mark.parametrize("data", [b"{", b"\xff", b"[]", b'{"text": 4}', rb'{"text": "\ud800"}', b'{"a": 1, "a": 2}'])

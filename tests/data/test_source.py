@@ -83,6 +83,16 @@ def test_split_folders(tmp_path: Path) -> None:
         open_dataset(tmp_path, "test")
 
 
+def test_a_split_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere/a.png")
+    put(tmp_path / "set/val/b.png")
+    (tmp_path / "set/train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/test").symlink_to("val")
+    with pytest.raises(DataError, match="train: a link that leaves the folder"):
+        open_dataset(tmp_path / "set", lenient=True)
+    assert open_dataset(tmp_path / "set", "test").keys() == ["b.png"]
+
+
 def test_metadata_in_the_split_folder_and_beside_it(tmp_path: Path) -> None:
     put(tmp_path / "train/a.png")
     line = '{"file_name": "a.png", "text": "t"}\n'

@@ -1,10 +1,13 @@
 """A table on disk is whole or not read, goes on where it stopped, and is another table when its key is another."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from refine_control import files
 from refine_control.data import table
 from refine_control.data.table import Steps, Table, fingerprint
 from refine_control.errors import DataError
@@ -111,6 +114,21 @@ def test_a_full_disk_leaves_no_half_chunk(tmp_path: Path, monkeypatch: pytest.Mo
             some_table(tmp_path).fill(value, batch=4)
     assert list(some_table(tmp_path).folder.iterdir()) == []
     assert np.array_equal(filled(tmp_path)[[3]], value(range(3, 4)))
+
+
+def test_what_killed_runs_left_of_it_does_not_pile_up(tmp_path: Path) -> None:
+    kept = Steps(tmp_path, "teacher", {"a": 1}, limit_gb=1)
+    table = some_table(tmp_path)
+    table.folder.mkdir(parents=True)
+    for folder in (kept.folder, table.folder):
+        for number, age in ((1, 2 * files.LEFTOVER_SECONDS), (2, 0)):
+            left = folder / f".rows-000000.npy.{number}.tmp"
+            left.write_bytes(b"half")
+            os.utime(left, (time.time() - age,) * 2)
+    Steps(tmp_path, "teacher", {"a": 1}, limit_gb=1)
+    table.fill(value, batch=4)
+    for folder in (kept.folder, table.folder):
+        assert [path.name for path in folder.glob(".*")] == [".rows-000000.npy.2.tmp"], "2 may still be writing"
 
 
 def test_a_fingerprint_sees_names_sizes_and_times(tmp_path: Path) -> None:

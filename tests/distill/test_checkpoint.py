@@ -1,8 +1,12 @@
 """A checkpoint is whole or invisible, and the last whole one outlives whatever goes wrong after it."""
 
+import errno
 import itertools
 import json
+import os
 import pkgutil
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,16 +135,16 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
 # Killed anywhere
 
 
-class Killed(BaseException):
-    """The process is gone: nothing after it runs, no clean-up either."""
-
-
-CALLS = ("save_file", "sync", "_sha256", "shutil.rmtree", "Path.rename", "Path.write_text", "Path.mkdir")
+CALLS = [
+    *(f"refine_control.distill.checkpoint.{name}" for name in ("save_file", "sync", "_sha256")),
+    *("refine_control.files.sync", "shutil.rmtree"),
+    *(f"pathlib.Path.{name}" for name in ("rename", "write_text", "mkdir")),
+]
 
 
 @contextmanager
 def killed_at(moment: int) -> Iterator[None]:
-    """Ends at the moment-th call to the disk: before it, or half-way through what it writes or removes."""
+    """SIGKILL at the moment-th call to the disk: before it, or half-way through what it writes or removes."""
     left = iter(range(moment, -1, -1))
 
     def dying(true: Callable, name: str) -> Callable:
@@ -149,47 +153,63 @@ def killed_at(moment: int) -> Iterator[None]:
                 if name == "save_file":  # half a file
                     true(*args, **kwargs)
                     Path(args[1]).write_bytes(Path(args[1]).read_bytes()[:-7])
-                if name == "Path.write_text":
+                if name == "write_text":
                     true(args[0], args[1][: len(args[1]) // 2], **kwargs)
-                if name == "shutil.rmtree" and Path(args[0]).is_dir():  # half a folder
+                if name == "rmtree" and Path(args[0]).is_dir():  # half a folder
                     sorted(Path(args[0]).iterdir())[0].unlink()
-                raise Killed
+                os.kill(os.getpid(), signal.SIGKILL)
             return true(*args, **kwargs)
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            place, _, attribute = f"refine_control.distill.checkpoint.{name}".rpartition(".")
-            owner = pkgutil.resolve_name(place)
-            patch.setattr(owner, attribute, dying(getattr(owner, attribute), name))
+        for place in CALLS:
+            owner, _, name = place.rpartition(".")
+            patch.setattr(pkgutil.resolve_name(owner), name, dying(pkgutil.resolve_name(place), name))
         yield
 
 
-def test_killed_at_any_moment_of_saving_the_newest_whole_one_loads(tmp_path: Path) -> None:
+def ending_of(do: Callable[[], object]) -> int:
+    """Of a fork that does it: 0, or the signal that killed it, negative."""
+    child = os.fork()
+    if not child:
+        try:
+            do()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("over", ["nothing", "a damaged one"])
+def test_killed_at_any_moment_of_saving_the_newest_whole_one_loads(tmp_path: Path, over: str) -> None:
     """Every moment once; after each, the newest that is seen is the old or the new one, whole, and saving goes on."""
     states = {step: some_state(step) for step in (2, 4, 6)}
     seen = set()
     for moment in itertools.count():
         folder = tmp_path / str(moment)
         checkpoint.save(folder, 2, states[2])
-        try:
+        if over == "a damaged one":
+            shutil.copytree(folder / "step-000002", folder / "step-000004")
+            (folder / "step-000004" / "ema.safetensors").write_bytes(b"")
+
+        def save(folder: Path = folder, moment: int = moment) -> None:
             with killed_at(moment):
                 checkpoint.save(folder, 4, states[4])
-        except Killed:
-            ended = False
-        else:
-            ended = True
+
+        ended = ending_of(save)
+        assert ended in (0, -signal.SIGKILL)
         step, state = checkpoint.read(checkpoint.latest(folder))
         assert_same(state, states[step])
         seen.add(step)
         checkpoint.save(folder, 6, states[6])
         assert_same(checkpoint.read(checkpoint.latest(folder))[1], states[6])
         assert names(folder) == ["step-000006"]
-        if ended:
+        if ended == 0:
             break
     assert seen == {2, 4}
-    assert moment > 10, "so many moments there are at least"
+    assert moment > 15, "so many moments there are at least"
 
 
 # Damaged after it was written
@@ -227,6 +247,22 @@ def test_where_all_are_damaged_nothing_begins_anew_unasked(tmp_path: Path) -> No
     (tmp_path / "step-000002" / "ema.safetensors").write_bytes(b"")
     with pytest.raises(DataError, match=r"ema\.safetensors has changed since it was written; remove"):
         checkpoint.latest(tmp_path)
+
+
+def test_a_failing_disk_is_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two(tmp_path)
+    true = checkpoint._sha256
+
+    def failing(path: Path) -> str:
+        if path.parent.name == "step-000004":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return true(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+    assert "Input/output error; going on from 'step-000002'" in capsys.readouterr().err
 
 
 def test_a_damaged_one_is_replaced_by_the_same_step(tmp_path: Path) -> None:

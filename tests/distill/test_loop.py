@@ -18,6 +18,7 @@ from refine_control.data.batch import Batch
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.taps import feature_shapes
+from refine_control.distill import checkpoint, loop
 from refine_control.distill.alignment import Bridges, automatic_map
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.optimizer import learning_rate
@@ -271,6 +272,24 @@ def test_a_distillation_interrupted_equals_uninterrupted(teacher: Model, tmp_pat
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     assert no_seconds(log_of(tmp_path / "half")) == no_seconds(log_of(tmp_path / "whole"))
     assert newest(tmp_path / "whole").keys() == newest(tmp_path / "half").keys()
+
+
+def test_a_power_cut_takes_no_line_that_a_checkpoint_knows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not synced is gone then."""
+    on_disk: dict[str, bytes] = {}
+    monkeypatch.setattr(loop, "sync", lambda path: on_disk.update({path.name: path.read_bytes()}))
+    true, saved = checkpoint.save, []
+
+    def save(folder: Path, step: int, state: checkpoint.State) -> None:
+        written = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+        assert on_disk == written
+        saved.append(step)
+        true(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    toy(tmp_path, Failing(0, 4), run=SAVED_OFTEN, steps=6)
+    assert saved == [2, 4, 6]
+    assert set(on_disk) == {"losses.jsonl", "skipped.jsonl"}
 
 
 def test_seconds_go_on_after_an_interruption(tmp_path: Path) -> None:

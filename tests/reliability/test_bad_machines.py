@@ -3,6 +3,7 @@ checkpoint as it was, and once that is mended the same command ends bit by bit a
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -12,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from refine_control import recipe as recipes
 from refine_control.distill import checkpoint
-from reliability.faults import Killer, code_of, differences, full_disk, no_privileges, outcome
+from reliability.faults import Killer, code_of, differences, full_disk, no_privileges, not_finite, outcome
 from tiny import RUN, distil_recipe, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
@@ -38,8 +40,8 @@ def whole(recipe: Path) -> Path:
     return recipe.parent / "whole"
 
 
-def distill(recipe: Path, out: Path) -> Killer:
-    return Killer(["distill", str(recipe), "--output_dir", str(out)], out.with_suffix(".log"))
+def distill(recipe: Path, out: Path, *flags: str, ranks: int = 1) -> Killer:
+    return Killer(["distill", str(recipe), "--output_dir", str(out), *flags], out.with_suffix(".log"), ranks)
 
 
 def begun(recipe: Path, out: Path) -> Killer:
@@ -119,3 +121,23 @@ def test_data_that_goes_away(recipe: Path, whole: Path, tmp_path: Path) -> None:
         come_back()
     assert killer.run() == 0, killer.told()
     assert differences(outcome(whole), outcome(out)) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_in_one_of_two_processes(recipe: Path, tmp_path: Path, rank: int) -> None:
+    """Neither takes the step, both go on; the pictures of both are named."""
+    killer = distill(recipe, tmp_path / "run", "--stage1.steps", "6", ranks=2)
+    assert killer.run(fault=partial(not_finite, 2, rank)) == 0, killer.told()
+    stage1 = tmp_path / "run/stage1"
+    (skipped,) = [json.loads(line) for line in (stage1 / "skipped.jsonl").read_text().splitlines()]
+    assert skipped["step"] == 2
+    assert len(skipped["pictures"]) == 4
+    lines = [json.loads(line) for line in (stage1 / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+    before = tmp_path / "none"
+    killer = distill(recipe, before, "--stage1.steps", "6", "--run.max_skipped_steps", "0", ranks=2)
+    assert killer.run(fault=partial(not_finite, 2, rank)) == 2, killer.told()
+    assert len([line for line in lines_of(killer) if "step 2: loss or gradient is not finite" in line]) == 2
+    assert last_step(before) == 2

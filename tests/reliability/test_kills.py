@@ -2,6 +2,7 @@
 ends bit by bit where an uninterrupted run ends."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -107,14 +108,45 @@ def test_two_processes_killed_at_random(recipe: Path, tmp_path: Path, wanted: in
     tally("killed at random, two processes", **found)
 
 
-def test_resumed_twice_within_one_epoch(recipe: Path, tmp_path: Path) -> None:
-    whole, killed = (distill(recipe, tmp_path / name, "--stage2.steps", "0") for name in ("whole", "killed"))
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), *(pytest.param(w, r, marks=SLOW) for w, r in [(2, 1), (0, 2)])])
+def test_resumed_twice_within_one_epoch(recipe: Path, tmp_path: Path, workers: int, ranks: int) -> None:
+    flags = ("--stage2.steps", "0", "--run.workers", str(workers))
+    whole, killed = (distill(recipe, tmp_path / name, *flags, ranks=ranks) for name in ("whole", "killed"))
     assert whole.run() == 0, whole.told()
     checkpoints = tmp_path / "killed" / "stage1" / "checkpoints"
     for step in (2, 4):
         assert killed.run(kill_when=(checkpoints / f"step-{step:06d}").is_dir) == -signal.SIGKILL
     assert killed.run() == 0, killed.told()
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 2)])
+def test_killed_at_each_file_of_the_caches(
+    recipe: Path, tmp_path: Path, workers: int, ranks: int, tally: Callable[..., None]
+) -> None:
+    """Latents, embeddings and the teacher's steps: as soon as one is begun, and as soon as it is there."""
+    out, kept = tmp_path / "killed", tmp_path / "killed-cache"
+    seen, kills = set[str](), 0
+
+    def there() -> set[str]:
+        names = (path.relative_to(kept).as_posix() for path in kept.rglob("*.*"))
+        return {re.sub(r"\.[0-9a-f]{16}(?=\.tmp$)", "", name) for name in names}
+
+    def run(out: Path) -> Killer:
+        caches = ("--data.cache_dir", f"{out}-cache", "--data.teacher_cache_gb", "0.1")
+        return distill(recipe, out, *caches, "--run.workers", str(workers), ranks=ranks)
+
+    whole, killed = run(tmp_path / "whole"), run(out)
+    assert whole.run() == 0, whole.told()
+    while (code := killed.run(kill_when=lambda: not there() <= seen)) != 0:
+        assert code == -signal.SIGKILL, killed.told()
+        seen.update(there())
+        kills += 1
+    tally(f"killed at each file of the caches, {workers} workers, {ranks} processes", kills=kills, files=len(seen))
+    assert kills > 8
+    assert {name.partition("-")[0] for name in seen} == {"latents", "text", "teacher"}
+    assert differences(outcome(tmp_path / "whole"), outcome(out)) == []
 
 
 @pytest.mark.slow

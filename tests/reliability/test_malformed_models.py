@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from refine_control.diffusion import store
 from refine_control.errors import ModelError
+from refine_control.student.outline import plan_teacher
 from reliability.faults import verdict
 from tiny import plan, tiny_model
 
@@ -138,6 +141,98 @@ def test_a_header_longer_than_any_models_is_not_parsed(folder: Path, tmp_path: P
     path.write_bytes(len(longer).to_bytes(8, "little") + longer + content[8 + length :])
     with pytest.raises(ModelError, match="has a header of 40000000 bytes, more than any model"):
         store.load(str(spoilt))
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+def test_malformed_configs_are_refused_in_one_line_when_planned_by(
+    folder: Path, tmp_path: Path, count: int, tally: Callable[..., None]
+) -> None:
+    configs = [path.relative_to(folder) for path in folder.glob("*/config.json")] + [Path("model_index.json")]
+    counts: Counter[str] = Counter()
+    wrong = []
+    for seed in range(count):
+        spoilt = tmp_path / str(seed)
+        for path in configs:
+            (spoilt / path.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / path, spoilt / path)
+        what = spoil(spoilt, random.Random(seed))
+        said = verdict(lambda spoilt=spoilt: plan_teacher(str(spoilt)), str(spoilt))
+        counts[said if said in ("read", "refused") else "wrong"] += 1
+        if said not in ("read", "refused"):
+            wrong.append(f"{seed}: {what} -> {said}")
+    tally("malformed configs to plan by", folders=count, **counts)
+    assert not wrong, "\n".join(wrong)
+    assert counts["refused"] > count / 4
+
+
+# What makes the libraries below read something else than the weights that were looked at
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("named", ["weights.bin", "../../elsewhere.safetensors"])
+def test_an_index_that_names_other_files_is_refused(folder: Path, tmp_path: Path, part: str, named: str) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    (weights,) = (spoilt / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    if named.endswith(".bin"):
+        torch.save(tensors, spoilt / part / named)
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, named)}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"{part}/.* names '{named}', not one of the weights beside it"):
+        store.load(str(spoilt))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("text_encoder", {"transformers_weights": "others.safetensors"}),
+        ("text_encoder", {"attn_implementation": "someone/kernel"}),
+        ("text_encoder", {"_attn_implementation": {"": "someone/kernel"}}),
+        ("text_encoder", {"text_config": {"attn_implementation": "flash_attention_2"}}),
+        ("unet", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+    ],
+    ids=str,
+)
+def test_a_config_that_leads_elsewhere_is_refused(
+    folder: Path, tmp_path: Path, part: str, change: dict[str, Any]
+) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    config = json.loads((spoilt / part / "config.json").read_text(encoding="utf-8"))
+    (spoilt / part / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    for use in (store.load, plan_teacher):
+        with pytest.raises(ModelError, match="weights and code from elsewhere are not read"):
+            use(str(spoilt))
+
+
+def test_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    """With peft at hand it would be read, and the base that it names downloaded."""
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    (spoilt / "text_encoder/adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match="text_encoder holds an adapter"):
+        store.load(str(spoilt))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors.index.json"),
+        *("tokenizer/added_tokens.json", "scheduler/scheduler_config.json"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "endless", "sparse"])
+def test_what_has_no_end_is_not_read(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    path = spoilt / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    assert verdict(lambda: store.load(str(spoilt)), str(spoilt), memory=1 << 30) == "refused"
 
 
 CODE = (

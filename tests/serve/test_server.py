@@ -142,12 +142,34 @@ def test_two_hundred_at_once_and_some_who_never_finish_asking(
 ) -> None:
     monkeypatch.setattr(server_module.Handler, "timeout", 1)
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(server_module.MOST_THREADS + 8)]
-    with ThreadPoolExecutor(50) as pool:
+    with ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(lambda _: ask(server, "/app.js")[1], range(200)))
     for connection in silent:
         connection.close()
     assert answers == [b"this is app.js"] * 200
     assert ask(server, "/")[0].status == 200
+
+
+def test_who_asks_a_byte_at_a_time_is_hung_up_on(server: PageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module.Handler, "timeout", 1)
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(server_module.MOST_THREADS)]
+    done = threading.Event()
+
+    def say() -> None:
+        while not done.wait(0.2):
+            for connection in slow:
+                with suppress(OSError):
+                    connection.send(b"G")
+
+    saying = threading.Thread(target=say)
+    saying.start()
+    try:
+        assert ask(server, "/")[0].status == 200
+    finally:
+        done.set()
+        saying.join()
+        for connection in slow:
+            connection.close()
 
 
 METHODS = st.sampled_from([b"GET", b"HEAD", b"POST", b"get", b"G\0T", b"", b"TRACE"]) | st.binary(max_size=5)
@@ -211,6 +233,7 @@ def test_whatever_it_is_asked_it_goes_on_serving(
         assert status or not answer or answer.startswith((b"this is", b"4", b"5"))  # a body alone, in HTTP/0.9
         seen[status[1].decode() if status else "no status"] += 1
         assert status is None or status[1] != b"500"
+        assert not answer.startswith(b"500")
 
     holds()
     for _ in range(server_module.MOST_THREADS + 1):

@@ -163,7 +163,7 @@ def _inside(name: Any, folder: Path, root: Path, where: str) -> Path:
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{where} {name!r} leaves the folder; write a path relative to {folder}, without '..'")
     path = folder.joinpath(*relative.parts)
-    _refuse_escape(path, root)
+    refuse_escape(path, root)
     if not os.path.isfile(path):  # Path.is_file raises an OSError for a name that is too long
         raise DataError(f"{where} {name!r}: no such file in {folder}; add the file or remove the line")
     return path
@@ -195,14 +195,15 @@ def _find_images(folder: Path, faults: list[str]) -> list[Path]:
 
 def _require_usable(path: Path, root: Path) -> None:
     if path.is_symlink():
-        _refuse_escape(path, root)
+        refuse_escape(path, root)
     if not is_unicode(path.name):  # so Python spells bytes that are no UTF-8
         raise DataError(f"{path}: its name is not UTF-8; rename it")
     if not os.path.isfile(path) and not os.path.isdir(path):  # to read a pipe is to wait for good
         raise DataError(f"{path}: not a regular file; remove it")
 
 
-def _refuse_escape(path: Path, root: Path) -> None:
+def refuse_escape(path: Path, root: Path) -> None:
+    """Raises DataError where a path leads, through a link, to what does not lie in `root` (resolved)."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError):

@@ -266,6 +266,9 @@ def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
     their keys are left out: an example that lost a member is another example."""
     index: dict[str, Members] = {}
     spoilt: set[str] = set()
+    if shard.exists() and not shard.is_file():  # to read a pipe is to wait for good
+        faults.append(f"{shard}: not a regular file; remove it")
+        return index
     try:
         with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
             for member in tar:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from refine_control.data.example import Example
-from refine_control.data.folders import METADATA, FolderDataset
+from refine_control.data.folders import METADATA, FolderDataset, refuse_escape
 from refine_control.data.images import MAX_PIXELS
 from refine_control.data.shards import ShardDataset
 from refine_control.errors import DataError
@@ -47,6 +47,7 @@ def open_dataset(
         found = sorted({tar.stem.rpartition("-")[0] or tar.stem for tar in tars})
         raise DataError(f"{folder}: no {split!r} shards, only {', '.join(found)}; choose one of these")
     if (folder / split).is_dir():
+        refuse_escape(folder / split, folder.resolve())
         if (folder / METADATA).is_file() and not (folder / split / METADATA).is_file():
             raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
         return FolderDataset(folder / split, max_pixels, lenient)

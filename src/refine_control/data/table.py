@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from refine_control.errors import DataError
+from refine_control.files import remove_leftovers, written_aside
 
 CHUNK_BYTES = 64_000_000
 FORMAT = 1  # of a table's files; another number is another table
@@ -61,6 +61,7 @@ class Table:
         missing = [i for i in range(part, self.chunks, parts) if not self._path(i).is_file()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
             for chunk in tqdm(missing, desc=f"caching {self.folder.name}", unit="chunk", disable=not missing):
                 rows = range(chunk * self.chunk_rows, min(self.rows, (chunk + 1) * self.chunk_rows))
                 values = np.empty((len(rows), *self.shape), self.dtype)
@@ -119,6 +120,7 @@ class Steps:
         self.key = json.dumps({**key, "format": FORMAT}, sort_keys=True, indent=1)
         self.folder = Path(root) / f"{what}-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         self.left = limit_gb * 2**30 - sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def get(self, step: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
@@ -163,13 +165,5 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Aside, synced, renamed; processes that write the same file do not meet."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        write(file)

@@ -21,7 +21,7 @@ from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, complete
-from refine_control.diffusion.weights import MOST_JSON, check_weights
+from refine_control.diffusion.weights import check_config, check_files, check_names, check_weights, read_json
 from refine_control.errors import ModelError
 from refine_control.files import is_known, put_in_place, sync
 
@@ -61,7 +61,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         network.to(dtype)
     try:
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
-        index = _read_json(aside / "model_index.json") | {FORMAT_KEY: FORMAT}
+        index = read_json(aside / "model_index.json") | {FORMAT_KEY: FORMAT}
         (aside / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         for path in aside.rglob("*"):
             sync(path)
@@ -128,7 +128,8 @@ def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[st
 
 def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     """nets: instead of the pipeline's own."""
-    index = _read_json(folder / "model_index.json")
+    check_files(folder)
+    index = read_json(folder / "model_index.json")
     if not is_known(found := index.get(FORMAT_KEY, 1), FORMAT):
         raise ModelError(f"it is of format {found!r}, not {FORMAT} or before; install a later refine-control")
     kind = index.get("_class_name")
@@ -139,7 +140,7 @@ def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
     if has_own and not nets:
         own = controlnet_folders(index, lambda part: (folder / part).is_dir())
         nets = [_read_controlnet(folder / part) for part in own]
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     NoiseSchedule.from_config(scheduler)  # asked now, not hours later
     foundation, vae = parts.pop("unet"), parts["vae"]
     return Model(
@@ -156,6 +157,7 @@ def _read(wanted: Any, folder: Path, part: str, index: dict[str, Any]) -> Any:
     if kind not in (wanted.__name__, f"{wanted.__name__}Fast"):
         raise ModelError(f"its {part} is a {kind}; supported: {wanted.__name__}")
     if wanted is CLIPTokenizer:
+        check_files(folder / part)  # which may be a link
         return CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
     return _read_network(wanted, folder, part)
 
@@ -181,7 +183,7 @@ def resolve_controlnet(name: str) -> Path:
 
 
 def _read_controlnet(folder: Path) -> ControlNetModel:
-    kind = _read_json(folder / "config.json").get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if kind != "ControlNetModel":
         raise ModelError(f"'{folder.name}' is a {kind}; supported: ControlNetModel")
     return _read_network(ControlNetModel, folder.parent, folder.name)
@@ -190,10 +192,14 @@ def _read_controlnet(folder: Path) -> ControlNetModel:
 def _read_network(kind: Any, folder: Path, part: str) -> Any:
     """One network as float32. diffusers and transformers fill a missing tensor with noise and only warn; we refuse."""
     options: dict[str, Any] = {} if issubclass(kind, PreTrainedModel) else {"low_cpu_mem_usage": False}
+    check_files(folder / part)
     names = [path.name for path in (folder / part).iterdir()]
+    check_names(folder / part, names, list(filter(hub.WEIGHTS.fullmatch, names)))
     variant = hub.variant(names)
     files = [folder / part / name for name in names if hub.is_weights(name, variant)]
-    check_weights(kind, folder / part, _read_json(folder / part / "config.json"), files)
+    config = read_json(folder / part / "config.json")
+    check_config(f"{part}/config.json", config)
+    check_weights(kind, folder / part, config, files)
     network, loading = kind.from_pretrained(
         folder,
         subfolder=part,
@@ -208,15 +214,6 @@ def _read_network(kind: Any, folder: Path, part: str) -> Any:
             f"{part} lacks {len(loading['missing_keys'])} tensors, e.g. {sorted(loading['missing_keys'])[0]}"
         )
     return network.float()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MOST_JSON:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than any config")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return content
 
 
 def _on_hub(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,68 @@ from transformers import PreTrainedModel
 from refine_control.errors import ModelError
 
 MOST_JSON = 32_000_000  # bytes; a tokenizer's vocabulary is the largest, of a few million
+TEXTS = (".json", ".txt", ".model", ".jinja")  # what libraries read as a whole
 LAYERS = ("layers", "blocks")  # in the names of numbers that say how many
+MOST_LAYERS = 10_000  # by a count that takes many of them twice; SDXL's ControlNet comes to 6,480
 SLACK = 10_000_000  # numbers that are computed, not stored
+OWN_ATTENTION = (None, "eager", "sdpa")
+# Keys by which a config makes a library read other weights, or run code that the hub has; and what they may say.
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "transformers_weights": (None,),
+    "quantization_config": (None,),
+    "attn_implementation": OWN_ATTENTION,
+    "_attn_implementation": OWN_ATTENTION,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config. Raises ValueError and OSError where it is none, or longer than any."""
+    _require_file(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return content
+
+
+def check_files(folder: Path) -> None:
+    """Raises ModelError where what lies in a folder cannot be read to its end, or is longer than any model's text."""
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_dir():
+            _require_file(path)
+
+
+def _require_file(path: Path) -> None:
+    size, where = path.stat().st_size, f"{path.parent.name}/{path.name}"
+    if not path.is_file():  # to read a pipe is to wait for good
+        raise ModelError(f"{where} is not a regular file")
+    if path.suffix in TEXTS and size > MOST_JSON:
+        raise ModelError(f"{where} has {size} bytes, more than any of a model")
+
+
+def check_names(folder: Path, names: Collection[str], weights: Collection[str]) -> None:
+    """Raises ModelError where a part's folder, by what lies in it, makes libraries read other files than its weights.
+
+    names: of its files. weights: those of them that are safetensors weights.
+    """
+    if "adapter_config.json" in names:
+        raise ModelError(f"{folder.name} holds an adapter; merge it into the weights, adapters are not read")
+    for name in names:
+        if ".safetensors.index." in name and (odd := {*read_json(folder / name)["weight_map"].values()} - {*weights}):
+            raise ModelError(f"{folder.name}/{name} names {min(map(repr, odd))}, not one of the weights beside it")
+
+
+def check_config(where: str, config: Any) -> None:
+    """Raises ModelError where a config, at any depth, has a library look elsewhere."""
+    for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
+        if key in ELSEWHERE and value not in ELSEWHERE[key]:
+            raise ModelError(f"{where}: {key} is {value!r:.80}; weights and code from elsewhere are not read")
+        if isinstance(value, (dict, list)):
+            check_config(where, value)
+
+
+def asks_for_more_layers(config: Mapping[str, Any], most: int = MOST_LAYERS) -> bool:
+    """Whether a config asks for more layers than there can be: to make them would take days."""
+    return math.prod(max(1, number) for number in _layers(config)) > most
 
 
 def check_weights(kind: Any, folder: Path, config: Mapping[str, Any], files: list[Path]) -> None:
@@ -23,9 +84,8 @@ def check_weights(kind: Any, folder: Path, config: Mapping[str, Any], files: lis
     is another, or the config asks for more numbers than the files have bytes, or more layers than they have tensors.
     """
     shapes = {name: shape for file in files for name, shape in _shapes(file)}
-    count = math.prod(max(1, number) for number in _layers(config))
-    if count > 8 * len(shapes):
-        raise ModelError(f"{folder.name}/config.json asks for {count} layers, and its files have {len(shapes)} tensors")
+    if asks_for_more_layers(config, 8 * len(shapes)):
+        raise ModelError(f"{folder.name}/config.json asks for more layers than its files have tensors ({len(shapes)})")
     with torch.device("meta"):
         plain = {key: value for key, value in config.items() if not key.startswith("_")}
         transformer = issubclass(kind, PreTrainedModel)

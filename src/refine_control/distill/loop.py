@@ -24,7 +24,7 @@ from refine_control.distill.learner import Learner
 from refine_control.distill.optimizer import learning_rate
 from refine_control.distill.processes import Batches, gather, share_out, unsynchronised
 from refine_control.errors import Interrupted, UserError
-from refine_control.files import write_whole
+from refine_control.files import sync, write_whole
 from refine_control.recipe import RunConfig, StageConfig
 
 Losses = dict[str, Tensor]
@@ -85,6 +85,7 @@ def train(
                 bar.set_postfix(loss=f"{line['loss']:.4f}")
             stopping = interrupts.asked()
             if stopping or done % run.checkpoint_every == 0 or done == stage.steps:
+                log.sync()
                 learner.save(done)
             if stopping:
                 raise Interrupted(stopping)
@@ -151,6 +152,7 @@ def _skip(folder: Path, step: int, means: Losses, passes: list[Batch], run: RunC
     skipped.write(
         {"step": step, "losses": {name: str(value.item()) for name, value in means.items()}, "pictures": keys}
     )
+    skipped.sync()
     count = max(gather_object([skipped.lines]))  # the main process knows
     if count > run.max_skipped_steps:
         raise UserError(
@@ -196,6 +198,11 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.lines += 1
+
+    def sync(self) -> None:
+        """Before a checkpoint: it must not outlive, in a power cut, the lines of its steps."""
+        if self.writes:
+            sync(self.path)
 
 
 def _step(line: str) -> float:

@@ -23,7 +23,7 @@ from refine_control.errors import DataError
 from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference
-from refine_control.files import write_whole
+from refine_control.files import sync, write_whole
 from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
 
@@ -105,6 +105,7 @@ def evaluate_model(
     kept.unlink(missing_ok=True)  # the older pictures are about to go
     try:
         save_file({d: (p * 255).round().byte().contiguous() for d, p in pictures.items()}, folder / "drawn.safetensors")
+        sync(folder / "drawn.safetensors")
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise DataError(f"cannot write to '{folder}': {error}; make room, then run the same command") from None
     write_whole(kept, json.dumps(result))

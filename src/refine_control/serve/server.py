@@ -7,12 +7,14 @@ no threads, and trusts nobody: it answers GET and HEAD, with files of the folder
 from __future__ import annotations
 
 import errno
+import io
 import ipaddress
 import os
 import shutil
 import socket
 import socketserver
 import threading
+import time
 import webbrowser
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +26,7 @@ from refine_control.errors import DataError, UserError
 
 MOST_THREADS = 32  # further requests wait in the queue of the socket
 LONGEST_URL = 2048
-PATIENCE = 20  # seconds that a connection may keep silent
+PATIENCE = 20  # seconds for a connection to ask, and to take each piece of the answer
 PIECE = 1 << 16
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -134,11 +136,35 @@ class PageServer(ThreadingHTTPServer):
         """Who hangs up half-way is no fault of ours."""
 
 
+class _Hearing(io.RawIOBase):
+    """All that a client says in `seconds`: who says a byte now and then would else keep a thread for good."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection, self.seconds, self.end = connection, seconds, time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(self.seconds)
+
+
 class Handler(BaseHTTPRequestHandler):
     server: PageServer
     timeout = PATIENCE
     error_message_format = "%(code)d %(message)s\n"
     error_content_type = "text/plain; charset=utf-8"
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Hearing(self.connection, self.timeout))
 
     def do_GET(self) -> None:
         if (file := self._answer()) is not None:

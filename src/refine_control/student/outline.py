@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 from refine_control.diffusion import hub, store
 from refine_control.diffusion.build import build_outline, build_text_outline
 from refine_control.diffusion.model import Model
+from refine_control.diffusion.weights import asks_for_more_layers, check_config, read_json
 from refine_control.errors import ModelError
 
 
@@ -33,7 +33,7 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
     try:
         denoiser, vae = build_outline(configs["unet"], nets, configs["vae"])
         encoders = [build_text_outline(config) for config in texts]
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # diffusers and transformers raise nearly every type on a malformed config
         raise ModelError(f"the configs of '{name}' make no network: {' '.join(str(error).split())[:300]}") from None
     tokenizer: Any = SimpleNamespace(model_max_length=encoders[0].config.max_position_embeddings)
     return Model(denoiser, vae, encoders[0], tokenizer, {}, *encoders[1:])
@@ -42,9 +42,11 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
 def _own_controlnets(folder: str) -> list[str]:
     """The folders of the pipeline's ControlNets; none where it is a foundation alone."""
     index = _json(folder, "model_index.json")
-    if not (index.get("controlnet") or (None, None))[1]:
-        return []
-    return store.controlnet_folders(index, lambda part: _is_there(folder, part))
+    try:
+        has_own = bool((index.get("controlnet") or (None, None))[1])
+    except (LookupError, TypeError) as error:
+        raise ModelError(f"model_index.json of '{folder}': controlnet: {error}") from None
+    return store.controlnet_folders(index, lambda part: _is_there(folder, part)) if has_own else []
 
 
 def _is_there(folder: str, part: str) -> bool:
@@ -55,7 +57,11 @@ def _is_there(folder: str, part: str) -> bool:
 
 
 def _config(folder: str, part: str) -> dict[str, Any]:
-    return _json(folder, f"{part}/config.json".lstrip("/"))
+    config, where = _json(folder, f"{part}/config.json".lstrip("/")), f"{part}/config.json of '{folder}'".lstrip("/")
+    check_config(where, config)
+    if asks_for_more_layers(config):
+        raise ModelError(f"{where} asks for more layers than any network has")
+    return config
 
 
 def _json(folder: str, file: str) -> dict[str, Any]:
@@ -67,8 +73,10 @@ def _json(folder: str, file: str) -> dict[str, Any]:
             path = hub.download_file(folder, file)
         else:
             raise ModelError(f"'{folder}' is no folder here; give one, zoo:NAME, or org/repo on the Hugging Face hub")
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (*hub.UNREACHABLE, ValueError) as error:
+        return read_json(path)
+    except ModelError as error:
+        raise ModelError(str(error) if f"'{folder}'" in str(error) else f"'{folder}': {error}") from None
+    except (*hub.UNREACHABLE, ValueError, RecursionError) as error:
         raise ModelError(
             f"cannot read {file} of '{folder}': {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from None
