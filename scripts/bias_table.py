@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-bias.yaml"))
     parser.add_argument("--control", default="scratch", help="the row that learnt nothing from the teacher")
     parser.add_argument("--twins", type=Path, nargs="*", help="work_dirs of comparisons with the clean teacher",
-                        default=[Path("runs/compare-levels"), Path("runs/compare-emoji")])  # fmt: skip
+                        default=[Path("runs/compare-levels")])  # fmt: skip
     args = parser.parse_args()
     plan, _ = load(args.recipe, {})
     figures, shown, ruler = table(plan, args.control, args.twins)

@@ -29,6 +29,7 @@ BLOCK = 512
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # types of headers: a member's long name or link, or what pax says of it
 LONGEST_HEADER = 1_000_000  # bytes
 Members = dict[str, tuple[int, int]]  # ending -> (offset, size)
+Encoded = list[tuple[str, bytes]]
 
 
 class Entries:
@@ -225,9 +226,6 @@ def write_shards(
     return paths
 
 
-Encoded = list[tuple[str, bytes]]
-
-
 def _encode(example: Example, quality: int | None) -> Encoded:
     """The members of one example as (ending, bytes), sorted."""
     record = dict(example.extra) if example.text is None else {**example.extra, "text": example.text}
@@ -266,10 +264,9 @@ def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
     their keys are left out: an example that lost a member is another example."""
     index: dict[str, Members] = {}
     spoilt: set[str] = set()
-    if shard.exists() and not shard.is_file():  # to read a pipe is to wait for good
-        faults.append(f"{shard}: not a regular file; remove it")
-        return index
     try:
+        if shard.exists() and not shard.is_file():  # to read a pipe is to wait for good
+            raise OSError(0, "not a regular file")
         with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
             for member in tar:
                 key = ""
