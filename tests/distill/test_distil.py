@@ -186,7 +186,7 @@ COMPILED = [pytest.mark.slow, pytest.mark.timeout(580), pytest.mark.filterwarnin
         ({"gradient_checkpointing": True}, 1e-6),
         ({"teacher_dtype": "bf16"}, 2e-3),
         ({"mixed_precision": "fp16"}, 2e-3),
-        pytest.param({"compile": True}, 1e-5, marks=COMPILED),
+        pytest.param({"compile": True}, 1e-4, marks=COMPILED),  # where a gradient is near 0 Adam may step either way
     ],
     ids=str,
 )
