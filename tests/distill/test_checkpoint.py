@@ -7,6 +7,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from refine_control.distill import checkpoint
 from refine_control.errors import DataError
-from reliability.faults import full_disk
+from reliability.faults import full_disk, no_privileges
 
 
 def some_state(seed: int, width: int = 3) -> checkpoint.State:
@@ -132,6 +133,33 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
     assert_older_one_loads(tmp_path, saved)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_folder_that_may_not_be_written_to_leaves_the_older_one(tmp_path: Path) -> None:
+    saved = some_state(0)
+    checkpoint.save(tmp_path, 2, saved)
+    tmp_path.chmod(0o555)
+
+    def save() -> None:
+        with no_privileges():
+            failing_save(tmp_path)
+
+    assert ending_of(save) == 0
+    tmp_path.chmod(0o755)
+    assert_older_one_loads(tmp_path, saved)
+
+
+def ending_of(do: Callable[[], object]) -> int:
+    """Of a fork that does it: 0, or the signal that killed it, negative."""
+    child = os.fork()
+    if not child:
+        try:
+            do()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 # Killed anywhere
 
 
@@ -167,18 +195,6 @@ def killed_at(moment: int) -> Iterator[None]:
             owner, _, name = place.rpartition(".")
             patch.setattr(pkgutil.resolve_name(owner), name, dying(pkgutil.resolve_name(place), name))
         yield
-
-
-def ending_of(do: Callable[[], object]) -> int:
-    """Of a fork that does it: 0, or the signal that killed it, negative."""
-    child = os.fork()
-    if not child:
-        try:
-            do()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

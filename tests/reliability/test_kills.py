@@ -120,8 +120,9 @@ def test_resumed_twice_within_one_epoch(recipe: Path, tmp_path: Path, workers: i
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("workers", "ranks"), [pytest.param(0, 1, marks=SLOW), *(pytest.param(2, ranks, marks=LONG) for ranks in (1, 2))]
+)
 def test_killed_at_each_file_of_the_caches(
     recipe: Path, tmp_path: Path, workers: int, ranks: int, tally: Callable[..., None]
 ) -> None:

@@ -176,7 +176,8 @@ def test_an_index_that_names_other_files_is_refused(folder: Path, tmp_path: Path
     tensors = load_file(weights)
     if named.endswith(".bin"):
         torch.save(tensors, spoilt / part / named)
-    weights.rename(tmp_path / "elsewhere.safetensors")
+    shutil.copy(weights, tmp_path / "elsewhere.safetensors")
+    weights.rename(weights.with_name(f"{weights.stem}-00001-of-00001.safetensors"))  # to be looked at, not read
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, named)}
     weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ModelError, match=f"{part}/.* names '{named}', not one of the weights beside it"):
