@@ -116,6 +116,17 @@ def test_complete_runs_are_taken_as_they_are_without_their_students(base: Path, 
     assert not list((tmp_path / "work").rglob("student"))
 
 
+def test_tables_of_what_is_complete_without_training_the_rest(base: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    shutil.rmtree(tmp_path / "results/scratch/seed-1")
+    shutil.rmtree(tmp_path / "results/telea")
+    comparing.compare(plan_of(base, tmp_path), {}, finished_only=True)
+    table = json.loads((tmp_path / "results/scores.json").read_text())
+    assert table["seeds"] == {"teacher": [0], "scratch": [0], "refine-control": [0, 1]}
+    assert set(table["rows"]) == set(table["seeds"])
+    assert not list((tmp_path / "work").rglob("losses.jsonl"))
+
+
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
     with pytest.raises(RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method or rival"):

@@ -29,7 +29,7 @@ SHARED = [
     takes_overrides=True,
 )
 def _demo(args: argparse.Namespace) -> None:
-    args.rows, args.rival = None, []
+    args.rows, args.rival, args.finished = None, [], False
     _compare(args)
 
 
@@ -39,12 +39,14 @@ def _demo(args: argparse.Namespace) -> None:
     [
         "recipes/compare-emoji.yaml --dry-run",
         "recipes/compare-emoji.yaml",
+        "recipes/compare-emoji.yaml --finished",
         "recipes/compare-emoji.yaml --rows scratch,refine-control --seeds 0 --output_dir runs/quick",
     ],
     [
         RECIPE,
         flag("--rows", help="some of the recipe's rows, with commas between"),
         *SHARED,
+        flag("--finished", action="store_true", help="train nothing; write the tables of the runs that are complete"),
         flag("--rival", type=Path, action="append", default=[], help="a file that defines a rival; may be repeated"),
     ],
     takes_overrides=True,
@@ -60,7 +62,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(compare.dry_run(loaded, overrides, args.rival))
         return
-    table = compare.compare(loaded, overrides, args.rival)
+    table = compare.compare(loaded, overrides, args.rival, args.finished)
     print(f"\n{table}\nreport: {loaded.output_dir}/report.html\ntables: {loaded.output_dir}/table.md")
 
 

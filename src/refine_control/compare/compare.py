@@ -16,18 +16,21 @@ from refine_control.distill.processes import refuse_processes
 from refine_control.errors import BusyError, RecipeError
 
 
-def compare(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
+def compare(
+    plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = (), finished_only: bool = False
+) -> str:
     """Trains and scores every row with every seed, resuming what is there. Returns the table, to be printed.
 
     Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, scores.json, table.md, table.csv, two plots
     and report.html; in work_dir: ROW/seed-N/ with the student, losses and checkpoints. Started twice, two processes
     share the runs out.
 
-    overrides: of the base recipe. rivals: files beside those in compare/rivals/.
+    overrides: of the base recipe. rivals: files beside those in compare/rivals/. finished_only: nothing is trained or
+    scored, the tables are of the runs that are complete.
     """
     refuse_processes("compare")
     shop = Workshop(base_recipe(plan, overrides), rivals)
-    todo = _planned(plan, overrides, shop)
+    todo = [run for run in _planned(plan, overrides, shop) if not finished_only or result_of(run) is not None]
     elsewhere = 0
     for run in todo:
         try:

@@ -34,7 +34,7 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
         if (result := result_of(run)) is not None:
             results.setdefault(run.row, {})[run.seed] = result
     if not results:
-        return "no run is complete yet; another process is at all of them\n"
+        return "no run is complete yet\n"
     _refuse_mixed_devices(results)
     first = {run.row: run for run in reversed(todo) if run.row in results}
     domains = shop.domains
