@@ -94,7 +94,7 @@ class StageConfig(Config):
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate: float = Field(0.0, ge=0, le=1)  # of learning_rate, at the end of the cosine
     weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = Field(1.0, allow_inf_nan=True)  # .inf: gradients are not clipped
     ema_decay: float = Field(0.999, ge=0, lt=1)
     weights: LossWeights = LossWeights()
     labelled_fraction: float = Field(1.0, ge=0, le=1)  # of the rows of a batch
