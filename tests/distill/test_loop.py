@@ -333,8 +333,15 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b"\0\0\0\n", b"\xff\n[1]\n7\n"])
-def test_torn_lines_of_the_log_do_not_stop_a_resume(tmp_path: Path, torn: bytes) -> None:
+ODD = ['{"step": 1}', '{"step": 1e999, "seconds": 1}', '{"step": 1, "seconds": "x"}', '{"step": 1, "seconds": NaN}']
+ODD += ['{"step": null}', '{"step": "1", "seconds": 1}', '{"step": 1, "seconds": 1, "waited": []}', "[" * 50_000]
+ODD += [f'{{"step": 1, "seconds": 1{"0" * 400}}}']
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 4, "lo', b"\0\0\0\n", b"\xff\n[1]\n7\n", *(f"{line}\n".encode() for line in ODD)]
+)
+def test_torn_and_odd_lines_of_the_log_do_not_stop_a_resume(tmp_path: Path, torn: bytes) -> None:
     """What a power cut in the middle of a write leaves behind."""
     half = Toy()
     interrupted_at(3, half, KeyboardInterrupt)

@@ -10,6 +10,7 @@ from torch import Tensor
 from refine_control.data.batch import Batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
+from refine_control.errors import RecipeError
 from refine_control.recipe import SampleConfig
 
 
@@ -26,7 +27,11 @@ def sample(
 
     Returns:
         (N, 3, H, W) in [-1, 1], on the CPU.
+
+    Raises:
+        RecipeError: see `require_steps`.
     """
+    require_steps(model, config)
     pictures = []
     for first in range(0, len(captions), config.batch_size):
         rows = slice(first, first + config.batch_size)
@@ -34,6 +39,16 @@ def sample(
         latents = _denoise(model, part, captions[rows], config, seeds[rows])
         pictures.append(model.decode(latents).cpu())
     return torch.cat(pictures)
+
+
+def require_steps(model: Model, config: SampleConfig) -> None:
+    """Raises RecipeError where a picture would take more steps than the model knows timesteps."""
+    known = len(sampler(model.scheduler).alphas_cumprod)
+    if config.num_inference_steps > known:
+        raise RecipeError(
+            f"num_inference_steps is {config.num_inference_steps} but the model knows {known} timesteps; "
+            f"give {known} or fewer"
+        )
 
 
 def _denoise(
