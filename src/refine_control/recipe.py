@@ -139,7 +139,7 @@ class RunConfig(Config):
 
 class SampleConfig(Config):
     num_inference_steps: PositiveInt = 10  # best a divisor of 1000: else DDIM stops short of the last step
-    guidance_scale: float = Field(2.0, ge=1, allow_inf_nan=False)
+    guidance_scale: float = Field(2.0, ge=1)
     seed: Seed = 0
     batch_size: PositiveInt = 64
 
