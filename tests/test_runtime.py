@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +103,13 @@ def test_the_runtime_knows_none_of_our_other_files() -> None:
     assert "from refine_control" not in code
 
 
+def empty(kind: Any) -> Any:
+    """The least that a manifest may say there."""
+    if isinstance(kind, dict):
+        return {key: empty(each) for key, each in kind.items()}
+    return [] if isinstance(kind, list) else None if isinstance(kind, UnionType) else kind()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -110,6 +119,16 @@ def test_the_runtime_knows_none_of_our_other_files() -> None:
         ({"text": {"tokenizers": ["/etc/hostname"]}}, "text.pad_ids"),
         ({"scheduler": None}, "scheduler"),
         ({"resolution": "32"}, "resolution"),
+        ({"latent_shape": [4, "8", 8]}, "latent_shape"),
+        ({"graphs": {"denoiser": {"file": {}}}}, r"uses '\{\}' but does not list it"),
+        ({"graphs": {"denoiser": []}}, r"uses '\[\]' but does not list it"),
+        ({"text": empty(runtime.MUST_HAVE["text"]) | {"tokenizers": [["x"]]}}, "text.tokenizers"),
+        ({"text": empty(runtime.MUST_HAVE["text"]) | {"pad_ids": [0]}}, "1 pad_ids for 0 tokenizers"),
+        ({"scheduler": empty(runtime.MUST_HAVE["scheduler"]) | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
+        *(
+            ({"scheduler": {k: v for k, v in empty(runtime.MUST_HAVE["scheduler"]).items() if k != key}}, key)
+            for key in ("timestep_spacing", "clip_sample_range")
+        ),
     ],
     ids=str,
 )
@@ -117,10 +136,7 @@ def test_a_manifest_that_says_odd_things_is_refused(change: dict, named: str, tm
     (tmp_path / "secret").write_bytes(b"secret")
     folder = tmp_path / "export"
     folder.mkdir()
-    whole = {key: kind() for key, kind in runtime.MUST_HAVE.items() if not isinstance(kind, dict)}
-    whole["format"] = runtime.FORMAT
-    for part in ("scheduler", "text"):
-        whole[part] = {key: kind() for key, kind in runtime.MUST_HAVE[part].items()}
+    whole = empty(runtime.MUST_HAVE) | {"format": runtime.FORMAT}
     (folder / runtime.MANIFEST).write_text(json.dumps(whole), encoding="utf-8")
     assert runtime.read_manifest(folder) == whole
     (folder / runtime.MANIFEST).write_text(json.dumps(whole | change), encoding="utf-8")
