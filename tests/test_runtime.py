@@ -5,8 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import UnionType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from diffusers import DDIMScheduler
 
 import refine_control.runtime as runtime
 from refine_control.runtime import ExportError, Scheduler, fit_tokens, noise
+from tiny import least
 
 
 def described(scheduler: DDIMScheduler) -> dict:
@@ -103,13 +102,6 @@ def test_the_runtime_knows_none_of_our_other_files() -> None:
     assert "from refine_control" not in code
 
 
-def empty(kind: Any) -> Any:
-    """The least that a manifest may say there."""
-    if isinstance(kind, dict):
-        return {key: empty(each) for key, each in kind.items()}
-    return [] if isinstance(kind, list) else None if isinstance(kind, UnionType) else kind()
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -122,11 +114,11 @@ def empty(kind: Any) -> Any:
         ({"latent_shape": [4, "8", 8]}, "latent_shape"),
         ({"graphs": {"denoiser": {"file": {}}}}, r"uses '\{\}' but does not list it"),
         ({"graphs": {"denoiser": []}}, r"uses '\[\]' but does not list it"),
-        ({"text": empty(runtime.MUST_HAVE["text"]) | {"tokenizers": [["x"]]}}, "text.tokenizers"),
-        ({"text": empty(runtime.MUST_HAVE["text"]) | {"pad_ids": [0]}}, "1 pad_ids for 0 tokenizers"),
-        ({"scheduler": empty(runtime.MUST_HAVE["scheduler"]) | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
+        ({"text": least(runtime.MUST_HAVE["text"]) | {"tokenizers": [["x"]]}}, "text.tokenizers"),
+        ({"text": least(runtime.MUST_HAVE["text"]) | {"pad_ids": [0]}}, "1 pad_ids for 0 tokenizers"),
+        ({"scheduler": least(runtime.MUST_HAVE["scheduler"]) | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
         *(
-            ({"scheduler": {k: v for k, v in empty(runtime.MUST_HAVE["scheduler"]).items() if k != key}}, key)
+            ({"scheduler": {k: v for k, v in least(runtime.MUST_HAVE["scheduler"]).items() if k != key}}, key)
             for key in ("timestep_spacing", "clip_sample_range")
         ),
     ],
@@ -136,7 +128,7 @@ def test_a_manifest_that_says_odd_things_is_refused(change: dict, named: str, tm
     (tmp_path / "secret").write_bytes(b"secret")
     folder = tmp_path / "export"
     folder.mkdir()
-    whole = empty(runtime.MUST_HAVE) | {"format": runtime.FORMAT}
+    whole = least(runtime.MUST_HAVE) | {"format": runtime.FORMAT}
     (folder / runtime.MANIFEST).write_text(json.dumps(whole), encoding="utf-8")
     assert runtime.read_manifest(folder) == whole
     (folder / runtime.MANIFEST).write_text(json.dumps(whole | change), encoding="utf-8")
