@@ -9,8 +9,7 @@ from torch import Tensor
 
 from refine_control.data.batch import Batch
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.noise import sampler
-from refine_control.errors import RecipeError
+from refine_control.diffusion.noise import sampler_at
 from refine_control.recipe import SampleConfig
 
 
@@ -29,9 +28,8 @@ def sample(
         (N, 3, H, W) in [-1, 1], on the CPU.
 
     Raises:
-        RecipeError: see `require_steps`.
+        RecipeError: more inference steps than the model has timesteps.
     """
-    require_steps(model, config)
     pictures = []
     for first in range(0, len(captions), config.batch_size):
         rows = slice(first, first + config.batch_size)
@@ -41,21 +39,10 @@ def sample(
     return torch.cat(pictures)
 
 
-def require_steps(model: Model, config: SampleConfig) -> None:
-    """Raises RecipeError where a picture would take more steps than the model knows timesteps."""
-    known = len(sampler(model.scheduler).alphas_cumprod)
-    if config.num_inference_steps > known:
-        raise RecipeError(
-            f"num_inference_steps is {config.num_inference_steps} but the model knows {known} timesteps; "
-            f"give {known} or fewer"
-        )
-
-
 def _denoise(
     model: Model, control: Tensor | None, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
 ) -> Tensor:
-    scheduler = sampler(model.scheduler)
-    scheduler.set_timesteps(config.num_inference_steps, device=model.device)
+    scheduler = sampler_at(model.scheduler, config.num_inference_steps, model.device)
     sides = (model.resolution, model.resolution) if control is None else control.shape[-2:]
     shape = (model.denoiser.foundation.config.in_channels, *(side // model.downscale for side in sides))
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

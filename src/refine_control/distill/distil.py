@@ -22,7 +22,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.cache import EncoderCache, digest, settings
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
-from refine_control.diffusion.sample import require_steps
+from refine_control.diffusion.noise import sampler_at
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
@@ -76,7 +76,7 @@ class Distiller:
         """As `run`, in a folder that this process holds already."""
         recipe = self.pinned(recipe)
         _agree(recipe)
-        require_steps(self.teacher, recipe.sample)  # now, not at the first preview
+        sampler_at(self.teacher.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
         stages = [
             (name, stage) for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)) if stage.steps
         ]
