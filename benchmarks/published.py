@@ -66,6 +66,12 @@ TEXT = {  # openai/clip-vit-large-patch14, of sd15 and the first of sdxl
     "num_attention_heads": 12,
     "vocab_size": 49408,
 }
+TEXT_H = TEXT | {  # of sd21
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
 TEXT_2 = TEXT | {  # the second of sdxl
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_size": 1280,
@@ -99,7 +105,7 @@ def controlnet(unet: dict[str, Any]) -> dict[str, Any]:
 
 def write_configs(folder: Path, family: str, module: bool = True) -> Path:
     """The configs of a saved ControlNet pipeline, or without `module` of the foundation's, and no weights."""
-    parts = {"unet": UNETS[family], "vae": VAE, "text_encoder": TEXT}
+    parts = {"unet": UNETS[family], "vae": VAE, "text_encoder": TEXT_H if family == "sd21" else TEXT}
     if family == "sdxl":
         parts["text_encoder_2"] = TEXT_2
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}

@@ -197,10 +197,7 @@ def main() -> None:
         lines += compared(name, [f"refine-control compare recipes/{name}.yaml"])
     lines += bias()
     lines += sampler_steps()
-    if (demo := read("demo/scores.json")) and "rows" in demo:
-        lines += compared("demo", ["make demo"])
-    elif demo:
-        lines += comparison("The demo", "make demo", demo)
+    lines += compared("demo", ["make demo"])
     if controls := read("controls/scores.json"):
         lines += comparison("Controls", CONTROLS, controls, "as it was before recipes/compare-emoji.yaml replaced it")
     if measured := read("bench/bench.json"):

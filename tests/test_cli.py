@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 import tiny
 from published import write_configs
 from refine_control.cli import main
+from refine_control.command import parser
 from refine_control.diffusion import store
 
 TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task": 1, "output": 1, "feature": 0.5}}
@@ -130,6 +132,15 @@ def test_data_prepare_then_check(workplace: Path, tmp_path: Path, capsys: pytest
     assert "6 pictures, 6 with captions, 0 cannot be used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("side", [0, -1, 8001, 17000, 200_000, 10**30])
+def test_shards_of_an_impossible_size_are_refused_before_anything_is_written(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], side: int
+) -> None:
+    argv = ("data", "prepare", str(workplace / "captioned"), "--out", str(tmp_path / "out"), "--resolution", str(side))
+    assert f"resolution {side} is not between 1 and 8000" in refused(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_corrupt_pictures_are_listed_and_skipped_only_on_request(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +232,13 @@ def test_a_student_may_be_named_in_the_recipe(workplace: Path, tmp_path: Path) -
         (("compare", "COMPARE", "--seed", "5"), ("--seeds 5",)),
         (("distill", "RECIPE", "--stage1.steps"), ("--stage1.steps", "no value")),
         (("distill", "RECIPE", "--labelled", "PLAIN"), ("plain", "caption", "metadata.jsonl")),
-        (("compare", "COMPARE", "--seeds", "one"), ("one", "0,1,2")),
+        *(
+            (("compare", "COMPARE", "--seeds", seeds), (f"'{seeds[:80]}'", "no whole number from 0"))
+            for seeds in ("one", "²", "9" * 5000)
+        ),
+        (("compare", "COMPARE", "--seeds", "0,99999999999999999999"), ("99999999999999999999", "from 0")),
+        *((("distill", "RECIPE", "--seed", seed), ("'seed'", seed)) for seed in (str(10**30), str(-(10**30)))),
+        (("distill", "RECIPE", "--sample.num_inference_steps", "2000"), ("is 2000", "give 1000 or fewer")),
         (("distill", "RECIPE", "--run.device", "abacus"), ("abacus", "cpu")),
     ],
 )
@@ -237,7 +254,7 @@ def test_mistakes_end_in_one_line_that_names_value_and_mend(
     line = refused(capsys, *(places.get(word, word) for word in argv), *out)
     for word in words:
         assert word in line
-    assert not (tmp_path / "out" / "student").exists()
+    assert not list((tmp_path / "out").glob("st*")), "nothing was trained"
 
 
 def test_overrides_may_stand_anywhere(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,6 +300,53 @@ def refused_filling(capsys: pytest.CaptureFixture[str], model: Path, folder: Pat
     line = refused(capsys, "generate", "--model", str(model), *files, "--out", str(folder / "o.png"))
     assert not (folder / "o.png").exists()
     return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num_inference_steps", "2000"), ("is 2000", "give 1000 or fewer")),
+        (("--num_inference_steps", str(10**30)), (str(10**30), "give 1000 or fewer")),
+        (("--seed", str(10**30)), ("'seed'", str(10**30))),
+        (("--seed", str(-(10**30))), ("'seed'", str(-(10**30)))),
+        (("--guidance_scale", ".inf"), ("'guidance_scale'", "inf")),
+        (("--prompt", "caf\udce9"), ("--prompt 'caf\\udce9' is not UTF-8",)),
+    ],
+)
+def test_odd_wishes_of_a_picture_are_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str], words: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    files = ("--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png"))
+    line = refused(
+        capsys, "generate", "--model", str(workplace / "teacher"), *files, "--out", str(tmp_path / "o.png"), *flags
+    )
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_more_steps_than_timesteps_are_refused_before_a_teacher_is_trained(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = teacher_recipe(workplace, tmp_path) | {"noise": {"num_train_timesteps": 20}}
+    recipe["sample"] = {"num_inference_steps": 21}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert "give 20 or fewer" in refused(capsys, "train-teacher", str(tmp_path / "teacher.yaml"))
+    assert not (tmp_path / "run/autoencoder").exists()
+
+
+def test_more_steps_than_timesteps_are_refused_to_an_evaluation(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml"))
+    line = refused(capsys, *argv, "--output_dir", str(tmp_path), "--sample.num_inference_steps", "2000")
+    assert "is 2000 but the model knows 1000 timesteps; give 1000 or fewer" in line
+
+
+def test_a_page_is_this_machines_alone_unless_told_otherwise() -> None:
+    assert parser().parse_args(["serve", "site"]).host == "127.0.0.1"
 
 
 def test_a_mask_without_a_hole_is_refused(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,11 +404,9 @@ def test_a_run_of_another_recipe_is_not_overwritten(
     assert "another recipe" in refused(capsys, *argv, "--stage1.learning_rate", "0.5")
 
 
-def test_teacher_is_trained_by_the_same_loop(workplace: Path, tmp_path: Path) -> None:
-    from refine_control.diffusion.store import load
-
+def teacher_recipe(workplace: Path, tmp_path: Path) -> dict[str, Any]:
     stage = {"steps": 2, "batch_size": 4, "weights": {"task": 1}}
-    recipe = {
+    return {
         "output_dir": str(tmp_path / "run"),
         "data": yaml.safe_load((workplace / "recipe.yaml").read_text())["data"],
         "autoencoder": tiny.AUTOENCODER.model_dump(mode="json"),
@@ -354,8 +416,12 @@ def test_teacher_is_trained_by_the_same_loop(workplace: Path, tmp_path: Path) ->
         "denoiser_stage": stage | {"labelled_fraction": 0.5},
         "run": {"device": "cpu", "num_threads": 1},
     }
+
+
+def test_teacher_is_trained_by_the_same_loop(workplace: Path, tmp_path: Path) -> None:
+    recipe = teacher_recipe(workplace, tmp_path)
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main(["train-teacher", str(tmp_path / "teacher.yaml")]) == 0
-    model = load(str(tmp_path / "run/model"))
+    model = store.load(str(tmp_path / "run/model"))
     assert model.resolution == tiny.SIDE
     assert model.vae.config.scaling_factor != pytest.approx(0.18215)

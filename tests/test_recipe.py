@@ -72,6 +72,14 @@ def test_a_shipped_recipe_begins_with_the_command_that_runs_it(path: Path) -> No
 # Reading
 
 
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+def test_numbers_are_finite(small: Path, value: str) -> None:
+    for key in ("stage1.learning_rate", "stage1.weights.output", "stage1.hole_weight", "data.cache_gb"):
+        assert f"'{key}' = " in refused(small, {key: value})
+    if value == ".inf":  # of this one it means something
+        assert load(DistilRecipe, small, {"stage1.max_grad_norm": value}).stage1.max_grad_norm == float("inf")
+
+
 def test_reads_values_and_fills_in_defaults(small: Path) -> None:
     recipe = load(DistilRecipe, small)
     assert recipe.student.block_out_channels == (16, 32)

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 
 import refine_control.runtime as runtime
 from refine_control.runtime import ExportError, Scheduler, fit_tokens, noise
+from tiny import least
 
 
 def described(scheduler: DDIMScheduler) -> dict:
@@ -110,6 +111,16 @@ def test_the_runtime_knows_none_of_our_other_files() -> None:
         ({"text": {"tokenizers": ["/etc/hostname"]}}, "text.pad_ids"),
         ({"scheduler": None}, "scheduler"),
         ({"resolution": "32"}, "resolution"),
+        ({"latent_shape": [4, "8", 8]}, "latent_shape"),
+        ({"graphs": {"denoiser": {"file": {}}}}, r"uses '\{\}' but does not list it"),
+        ({"graphs": {"denoiser": []}}, r"uses '\[\]' but does not list it"),
+        ({"text": least(runtime.MUST_HAVE["text"]) | {"tokenizers": [["x"]]}}, "text.tokenizers"),
+        ({"text": least(runtime.MUST_HAVE["text"]) | {"pad_ids": [0]}}, "1 pad_ids for 0 tokenizers"),
+        ({"scheduler": least(runtime.MUST_HAVE["scheduler"]) | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
+        *(
+            ({"scheduler": {k: v for k, v in least(runtime.MUST_HAVE["scheduler"]).items() if k != key}}, key)
+            for key in ("timestep_spacing", "clip_sample_range")
+        ),
     ],
     ids=str,
 )
@@ -117,10 +128,7 @@ def test_a_manifest_that_says_odd_things_is_refused(change: dict, named: str, tm
     (tmp_path / "secret").write_bytes(b"secret")
     folder = tmp_path / "export"
     folder.mkdir()
-    whole = {key: kind() for key, kind in runtime.MUST_HAVE.items() if not isinstance(kind, dict)}
-    whole["format"] = runtime.FORMAT
-    for part in ("scheduler", "text"):
-        whole[part] = {key: kind() for key, kind in runtime.MUST_HAVE[part].items()}
+    whole = least(runtime.MUST_HAVE) | {"format": runtime.FORMAT}
     (folder / runtime.MANIFEST).write_text(json.dumps(whole), encoding="utf-8")
     assert runtime.read_manifest(folder) == whole
     (folder / runtime.MANIFEST).write_text(json.dumps(whole | change), encoding="utf-8")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from distill.test_loop import Toy, interrupted_at, toy
+from distill.test_loop import Toy, distillation, interrupted_at, toy
 from refine_control.diffusion import store
 from refine_control.distill import checkpoint
 from refine_control.errors import DataError, ModelError, RecipeError
@@ -50,6 +50,18 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, name: str) -> None:
     model = toy(tmp_path / "run", Toy(), steps=WHOLE)
     assert len(model.seen) == WHOLE - HALF
     torch.testing.assert_close(model.x.detach(), toy(tmp_path / "whole", Toy(), steps=WHOLE).x.detach())
+
+
+def weights_of_a_distillation() -> dict[str, list[int]]:
+    """Name and shape of all that a checkpoint of one holds; averages and moments go by the place in this list."""
+    state = distillation(tiny_model(), StageConfig()).state_dict()
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("name", FORMATS[1:])
+def test_the_weights_of_a_distillation_keep_names_shapes_and_places(name: str) -> None:
+    kept = json.loads((GOLDEN / name / "weights.json").read_text(encoding="utf-8"))
+    assert list(kept.items()) == list(weights_of_a_distillation().items())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -129,6 +141,7 @@ def write(folder: Path) -> None:
         folder / "teacher.yaml",
     )
     save(DistilRecipe(output_dir="a", student=SMALLEST, stage1=one, stage2=two), folder / "student.yaml")
+    (folder / "weights.json").write_text(json.dumps(weights_of_a_distillation()) + "\n", encoding="utf-8")
     model = tiny_model(SMALLEST)
     store.save(model, folder / "model", torch.float16)
     (folder / "model.json").write_text(json.dumps({"predicted": predicted(folder / "model")}) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,10 @@ def write_folder(folder: Path, n: int, captioned: bool = True) -> Path:
     if captioned:
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+def least(kind: Any) -> Any:
+    """The least that an export's manifest may say where `runtime.MUST_HAVE` has this kind."""
+    if isinstance(kind, dict):
+        return {key: least(each) for key, each in kind.items()}
+    return [] if isinstance(kind, list) else None if isinstance(kind, UnionType) else kind()

@@ -104,6 +104,14 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def whole_number(text: str, flag: str, least: int = 0, most: int = 10**9) -> int:
+    """Raises UserError, which names the flag, for text that is none within these bounds."""
+    given = text.strip()
+    if not (given.isascii() and given.isdigit() and len(given) <= len(str(most)) and least <= int(given) <= most):
+        raise UserError(f"{flag} '{text[:80]}' is no whole number from {least} to {most}")
+    return int(given)
+
+
 def plain(text: str) -> object:
     """A number where it reads as one; the config's own check names the rest."""
     try:

@@ -37,5 +37,11 @@ class ModelError(UserError):
     """A model folder that cannot be loaded, or models that do not belong together."""
 
 
+def refusal(name: str, failed: str, error: Exception) -> ModelError:
+    """One short line that names the model, of whatever a library raised. failed: what did, where the line lacks it."""
+    reason = printable(" ".join(str(error).split())) or type(error).__name__
+    return ModelError((reason if f"'{name}'" in reason else f"{failed} '{name}': {reason}")[:600])
+
+
 class BusyError(UserError):
     """Another process is at work in a folder."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -28,6 +28,7 @@ from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentP
 
 FORMAT = 1  # of a recipe, those before it are read too; one that does not say, as those written by hand, is of 1
 ControlKind = Literal["inpaint", "edges", "grey", "file"]  # see data/controls.py
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # those that torch takes
 
 
 class DataConfig(Config):
@@ -94,7 +95,7 @@ class StageConfig(Config):
     warmup_steps: int = Field(50, ge=0)
     final_learning_rate: float = Field(0.0, ge=0, le=1)  # of learning_rate, at the end of the cosine
     weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = Field(1.0, allow_inf_nan=True)  # .inf: gradients are not clipped
     ema_decay: float = Field(0.999, ge=0, lt=1)
     weights: LossWeights = LossWeights()
     labelled_fraction: float = Field(1.0, ge=0, le=1)  # of the rows of a batch
@@ -139,14 +140,14 @@ class RunConfig(Config):
 class SampleConfig(Config):
     num_inference_steps: PositiveInt = 10  # best a divisor of 1000: else DDIM stops short of the last step
     guidance_scale: float = Field(2.0, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     batch_size: PositiveInt = 64
 
 
 class EvaluateConfig(Config):
     split: str = "test"
     images: PositiveInt = 192
-    seed: int = 1234  # of the masks
+    seed: Seed = 1234  # of the masks
     # Weights of the standard backbones, for the plain names lpips, fid and cmmd beside the offline ones.
     standard: dict[Literal["inception", "clip", "lpips-alex", "lpips-vgg"], str] = Field({})
 
@@ -155,7 +156,7 @@ class TeacherRecipe(Config):
     """`refine-control train-teacher`: autoencoder, then foundation + module + text encoder."""
 
     output_dir: str
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     masks: MaskConfig = MaskConfig()
     noise: NoiseConfig = NoiseConfig()
@@ -175,7 +176,7 @@ class DistilRecipe(Config):
     output_dir: str
     teacher: str = "zoo:emoji-teacher"  # a saved pipeline's folder, zoo:NAME, or org/repo@REVISION on the hub
     controlnets: tuple[str, ...] = ()  # ControlNets saved on their own, folders or hub ids, instead of the teacher's
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     masks: MaskConfig = MaskConfig()
     student: StudentPlan

@@ -18,18 +18,25 @@ import numpy as np
 
 FORMAT = 1
 MANIFEST = "refine-control.json"
-MUST_HAVE: dict[str, Any] = {
+MUST_HAVE: dict[str, Any] = {  # a type, such a dict, or in a list what each value of a list is
     "name": str,
     "backend": str,
     "precision": str,
     "resolution": int,
-    "latent_shape": list,
+    "latent_shape": [int],
     "params": int,
     "macs": int,
     "files": dict,
     "graphs": dict,
-    "scheduler": {"alphas_cumprod": list, "final_alpha_cumprod": float, "prediction_type": str, "steps_offset": int},
-    "text": {"tokenizers": list, "pad_ids": list, "max_length": int, "empty_is_zeros": bool},
+    "scheduler": {
+        "alphas_cumprod": [float],
+        "final_alpha_cumprod": float,
+        "prediction_type": str,
+        "timestep_spacing": str,
+        "steps_offset": int,
+        "clip_sample_range": float | int | None,
+    },
+    "text": {"tokenizers": [str], "pad_ids": [int], "max_length": int, "empty_is_zeros": bool},
 }
 Arrays = dict[str, np.ndarray]
 
@@ -200,22 +207,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportError(f"'{folder}' is of another format than {FORMAT}; export the model again")
     if missing := _missing(manifest, MUST_HAVE):
         raise ExportError(f"'{folder}': {MANIFEST} has no usable '{missing}'; export the model again")
-    files: dict[str, Any] = manifest["files"]
+    files, text = manifest["files"], manifest["text"]
+    if (pads := len(text["pad_ids"])) != (tokenizers := len(text["tokenizers"])):
+        raise ExportError(f"'{folder}': {MANIFEST} has {pads} pad_ids for {tokenizers} tokenizers; export it again")
     for name, size in files.items():
         path = folder / name
         if "/" in name or "\\" in name or not path.is_file() or path.stat().st_size != size:
             raise ExportError(f"'{path}' is missing or cut off (not {size} bytes); copy or export it again")
     graphs = [graph.get("file") if isinstance(graph, dict) else graph for graph in manifest["graphs"].values()]
-    for name in (*graphs, *manifest["text"]["tokenizers"]):
-        if name not in files:
+    for name in (*graphs, *text["tokenizers"]):
+        if not isinstance(name, str) or name not in files:
             raise ExportError(f"'{folder}': {MANIFEST} uses '{name}' but does not list it; export the model again")
     return manifest
 
 
 def _missing(given: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first key of `wanted`, {name: type or such a dict}, that `given` lacks or holds otherwise."""
+    """The first key of `wanted`, see MUST_HAVE, that `given` lacks or holds otherwise."""
     for key, kind in wanted.items():
-        if not isinstance(given.get(key), dict if isinstance(kind, dict) else kind):
+        value = given.get(key)
+        if isinstance(kind, list):
+            fits = isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+        else:
+            fits = isinstance(value, dict if isinstance(kind, dict) else kind)
+        if key not in given or not fits:
             return key
         if isinstance(kind, dict) and (missing := _missing(given[key], kind)):
             return f"{key}.{missing}"

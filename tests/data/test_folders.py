@@ -1,6 +1,8 @@
 """Both folder layouts, and every way a folder can be wrong."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,53 @@ def test_missing_empty_and_csv_folders(tmp_path: Path) -> None:
     describe(tmp_path)
     with pytest.raises(DataError, match="no image found"):
         FolderDataset(tmp_path)
-    (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata.csv")
-    with pytest.raises(DataError, match=r"only metadata\.jsonl is read"):
+    for name in ("metadata.parquet", "metadata.csv"):
+        (tmp_path / "metadata.jsonl").replace(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}: only metadata\.jsonl is read"):
+            FolderDataset(tmp_path)
+        describe(tmp_path)
+
+
+def make_pipe(path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs named pipes")
+    os.mkfifo(path)
+
+
+def make_sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_pipe, "not a regular file"),
+        (Path.mkdir, "not a regular file"),
+        (lambda path: path.symlink_to("gone.jsonl"), "not a regular file"),
+        (lambda path: path.symlink_to(path), "not a regular file"),
+        (make_sparse, r"1099511627776 bytes are more than 1000000000;"),
+    ],
+    ids=["pipe", "folder", "broken link", "link to itself", "sparse"],
+)
+@pytest.mark.parametrize("lenient", [True, False])
+def test_metadata_that_is_no_file_of_lines_is_an_error_not_no_captions(
+    tmp_path: Path, make: Callable[[Path], None], message: str, lenient: bool
+) -> None:
+    put(tmp_path / "a.png")
+    make(tmp_path / "metadata.jsonl")
+    with pytest.raises(DataError, match=rf"metadata\.jsonl: {message}"):
+        FolderDataset(tmp_path, lenient=lenient)
+
+
+def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path: Path) -> None:
+    for name in ("a.png", "b.HEIC", "sub/c.avif", ".hidden.heic", "d.jfif", "e.JPE", "notes.txt"):
+        put(tmp_path / name)
+    dataset = FolderDataset(tmp_path, lenient=True)
+    assert dataset.keys() == ["a.png", "d.jfif", "e.JPE"]
+    told = "not read; save it as PNG or JPEG, or remove it"
+    assert dataset.faults == [f"{tmp_path / 'b.HEIC'}: {told}", f"{tmp_path / 'sub/c.avif'}: {told}"]
+    with pytest.raises(DataError, match=r"b\.HEIC: not read"):
         FolderDataset(tmp_path)
 
 

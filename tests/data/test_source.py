@@ -1,9 +1,13 @@
 """Which dataset a path gives, and the check of all images."""
 
+import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from refine_control.data.example import Example
 from refine_control.data.folders import FolderDataset
@@ -109,6 +113,53 @@ def test_unsplit_folder_serves_every_split(tmp_path: Path) -> None:
         dataset = open_dataset(tmp_path, split)
         assert isinstance(dataset, FolderDataset)
         assert dataset.keys() == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train-000", "._train-000", ".hidden"], {"train": 1}),
+        (["train"], {"train": 1}),
+        (["000000", "000001"], {"train": 2, "val": 2, "test": 2}),
+        (["cats_0", "cats_1"], {"cats": 2, "train": 2, "val": 2}),
+        (["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"], {"train": 2, "test": 1}),
+        (["imagenet-train-0", "imagenet-train-1", "imagenet-val-0"], {"train": 2, "val": 1, "imagenet-train": 2}),
+        (["0", "val-0"], {"train": 1, "val": 1}),
+        (["cats-0", "dogs-0"], {"cats": 1, "dogs": 1}),
+    ],
+)
+def test_the_split_is_in_a_shards_name(tmp_path: Path, names: list[str], found: dict[str, int]) -> None:
+    for number, name in enumerate(names):
+        (shard,) = write_shards([Example(str(number), IMAGE)], tmp_path / "made", str(number))
+        shard.rename(tmp_path / f"{name}.tar")
+    for split, count in found.items():
+        assert len(open_dataset(tmp_path, split).files()) == count, split
+    assert set(splits_of(tmp_path)) <= set(found)
+    if not {"val", "cats"} & set(found):
+        with pytest.raises(DataError, match="no 'val' shards, only"):
+            open_dataset(tmp_path, "val")
+
+
+STEMS = st.lists(st.sampled_from(["train", "val", "test", "cats", "0", "007", "of", "Train"]), min_size=1, max_size=3)
+JOINED = st.tuples(st.sampled_from(["-", "_", ".", ""]), STEMS).map(lambda drawn: drawn[0].join(drawn[1]))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sets(JOINED, min_size=1, max_size=4))
+def test_every_split_that_is_listed_opens_and_no_shard_is_passed_over(stems: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, stem in enumerate(sorted(stems)):
+            (shard,) = write_shards([Example(str(number), IMAGE)], folder / "made", str(number))
+            shard.rename(folder / f"{stem}.tar")
+            (folder / f"._{stem}.tar").write_bytes(b"Mac OS X")
+        opened = {path.stem for split in splits_of(folder) for path in open_dataset(folder, split).files()}
+        assert opened == stems
+        try:
+            open_dataset(folder, "val")
+        except DataError as error:
+            (told,) = re.findall("only (.*); choose", str(error))
+            assert told.split(", ") == splits_of(folder)
 
 
 @pytest.mark.parametrize("split", ["", "../x", "*", ".hidden", "tr?in"])

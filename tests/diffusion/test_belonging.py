@@ -113,6 +113,12 @@ def unet_of(family: str, **changes: Any) -> dict[str, Any]:
             lambda: unet_of("sd", sample_size=(8, 16)),
             "sample_size in unet/config.json is [8, 16]; write one number",
         ),
+        (
+            "sd",
+            lambda: unet_of("sd", sample_size=10**6),
+            "sample_size in unet/config.json is 1000000; latents have 1 to",
+        ),
+        ("sd", lambda: unet_of("sd", sample_size=0), "sample_size in unet/config.json is 0; latents have 1 to 2048"),
         ("sd", lambda: unet_of("sd", sample_size=None), "sample_size in unet/config.json is None; write one number"),
     ],
 )

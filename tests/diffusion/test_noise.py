@@ -13,9 +13,9 @@ from torch import Tensor
 
 from refine_control.data.controls import inpaint_control
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.noise import SCHEDULERS, NoiseSchedule, complete, sampler, scheduler_config
+from refine_control.diffusion.noise import SCHEDULERS, NoiseSchedule, complete, sampler, sampler_at, scheduler_config
 from refine_control.diffusion.sample import _denoise, sample
-from refine_control.errors import ModelError
+from refine_control.errors import ModelError, RecipeError
 from refine_control.recipe import NoiseConfig, SampleConfig
 from tiny import batch
 
@@ -189,6 +189,14 @@ def test_what_a_config_leaves_out_is_what_its_own_class_means() -> None:
     assert sampler({"_class_name": "DDIMScheduler", "clip_sample": True}).config.clip_sample
 
 
+def test_inference_steps_stay_within_the_timesteps() -> None:
+    offset = {"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": 10**9}
+    assert sampler_at(offset, 3).timesteps.tolist() == [999] * 3
+    assert sampler_at(offset | {"steps_offset": 1}, 2).timesteps.tolist() == [501, 1]
+    with pytest.raises(RecipeError, match="num_inference_steps is 11 but the model knows 10 timesteps"):
+        sampler_at(offset | {"num_train_timesteps": 10}, 11)
+
+
 def test_completing_twice_changes_nothing() -> None:
     once = complete(config_of("EulerDiscreteScheduler"))
     assert complete(once) | once == complete(once)
@@ -216,6 +224,15 @@ def scheduler_config_values() -> dict:
         ({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "prediction_type 'score' is none of"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "no betas can be made of .*sigmoid"),
         ({"_class_name": "DDIMScheduler", "beta_start": "small"}, "no betas can be made of .*small"),
+        ({"_class_name": "DDIMScheduler", "beta_start": float("nan")}, "no betas can be made of .*nan"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, r"no betas can be made of .*\[0.1\]"),
+        *(
+            (
+                {"_class_name": "DDIMScheduler", "num_train_timesteps": steps},
+                f"num_train_timesteps {steps!r} is no number",
+            )
+            for steps in (0, -1, None, "x", 10**8)
+        ),
     ],
 )
 def test_a_scheduler_that_cannot_be_used_is_named(config: dict, named: str) -> None:

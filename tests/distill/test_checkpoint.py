@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -253,14 +253,38 @@ def test_a_damaged_one_is_named_and_passed_over(
         path.unlink()
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
     told = capsys.readouterr().err
-    if (name, how) != ("state.json", "gone"):  # that is how one looks that is half pruned
-        assert f"{tmp_path / 'step-000004'}' is damaged: {name}" in told
-        assert "going on from 'step-000002'" in told
+    assert f"{tmp_path / 'step-000004'}' is damaged: {name}" in told
+    assert "going on from 'step-000002'" in told
 
 
-def test_where_all_are_damaged_nothing_begins_anew_unasked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ema.safetensors", "state.json"])
+def test_where_all_are_damaged_nothing_begins_anew_unasked(tmp_path: Path, name: str) -> None:
     checkpoint.save(tmp_path, 2, some_state(2))
-    (tmp_path / "step-000002" / "ema.safetensors").write_bytes(b"")
+    (tmp_path / "step-000002" / name).unlink()
+    with pytest.raises(DataError, match=rf"is damaged: {name}: .*No such file or directory.*; remove"):
+        checkpoint.latest(tmp_path)
+
+
+def test_no_flipped_bit_of_the_manifest_makes_another_checkpoint_of_it(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 4, some_state(4))
+    path = tmp_path / "step-000004" / "state.json"
+    manifest = path.read_bytes()
+    for bit in range(8 * len(manifest)):
+        flipped = bytearray(manifest)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with suppress(DataError):
+            assert checkpoint.read(checkpoint.latest(tmp_path))[0] == 4
+            (tmp_path / "step-000004" / "ema.safetensors").rename(tmp_path / "kept")
+            with pytest.raises(DataError):
+                checkpoint.latest(tmp_path)
+            (tmp_path / "kept").rename(tmp_path / "step-000004" / "ema.safetensors")
+
+
+@pytest.mark.parametrize("hashes", [[], {}, None, {"ema.safetensors": "0"}, "x"])
+def test_a_manifest_that_knows_no_hashes_is_damaged(tmp_path: Path, hashes: object) -> None:
+    checkpoint.save(tmp_path, 2, some_state(2))
+    (tmp_path / "step-000002" / "state.json").write_text(json.dumps({"step": 2, "format": 2, "sha256": hashes}))
     with pytest.raises(DataError, match=r"ema\.safetensors has changed since it was written; remove"):
         checkpoint.latest(tmp_path)
 

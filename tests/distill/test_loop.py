@@ -25,7 +25,7 @@ from refine_control.distill.optimizer import learning_rate
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.distill.stages import Distillation
 from refine_control.errors import DataError, Interrupted, RecipeError, UserError
-from refine_control.recipe import RunConfig
+from refine_control.recipe import RunConfig, StageConfig
 from refine_control.student.plan import probe
 from tiny import RUN, STUDENT, batch, loader, stage, tiny_denoiser
 
@@ -84,15 +84,20 @@ def interrupted_at(step: int, objective: nn.Module, error: type[BaseException]) 
     objective.register_forward_pre_hook(stop)
 
 
-def distilled(teacher: Model, folder: Path, run: RunConfig, stop_at: int = 10**6) -> dict[str, Tensor]:
-    """Five steps of all three terms on mixed rows. The encoder keeps nothing, so that all runs compute alike."""
-    config = stage(steps=5, ema_decay=0.5, learning_rate=1e-3)
+def distillation(teacher: Model, config: StageConfig, cache_gb: float = 1e-12) -> Distillation:
+    """Of a tiny student, always the same. By default its encoder keeps nothing, so that all runs compute alike."""
     student = tiny_denoiser(STUDENT, seed=1)
     shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bridges = Bridges(automatic_map(*shapes), *shapes)
-    objective = Distillation(student, teacher, bridges, Encoder(teacher, 1e-12), config)
+    return Distillation(student, teacher, bridges, Encoder(teacher, cache_gb), config)
+
+
+def distilled(teacher: Model, folder: Path, run: RunConfig, stop_at: int = 10**6) -> dict[str, Tensor]:
+    """Five steps of all three terms on mixed rows."""
+    config = stage(steps=5, ema_decay=0.5, learning_rate=1e-3)
+    objective = distillation(teacher, config)
     interrupted_at(stop_at, objective, KeyboardInterrupt)
     train(folder, objective, config.weights.model_dump(), loader(4, 0.5), config, run)
     return objective.state_dict()
@@ -102,17 +107,14 @@ def distilled(teacher: Model, folder: Path, run: RunConfig, stop_at: int = 10**6
 
 
 def test_a_student_learns_one_batch(teacher: Model, tmp_path: Path) -> None:
-    student = tiny_denoiser(STUDENT, seed=1)
-    shapes = [feature_shapes(network, probe(teacher)) for network in (student, teacher.denoiser)]
-    bridges = Bridges(automatic_map(*shapes), *shapes)
     config = stage(steps=25, learning_rate=3e-3, caption_dropout=0)
-    objective = Distillation(student, teacher, bridges, Encoder(teacher, 0.1), config)
+    objective = distillation(teacher, config, cache_gb=0.1)
     train(tmp_path, objective, config.weights.model_dump(), lambda *_: batch(4, 0.5), config, RUN)
     log = log_of(tmp_path)
     assert len(log) == 25
     for term in ("loss", "task", "output", "feature"):
         assert log[-1][term] < 0.8 * log[0][term], term
-    assert not student.training
+    assert not objective.student.training
 
 
 def test_only_what_requires_gradients_moves(tmp_path: Path) -> None:
@@ -331,8 +333,15 @@ def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b"\0\0\0\n", b"\xff\n[1]\n7\n"])
-def test_torn_lines_of_the_log_do_not_stop_a_resume(tmp_path: Path, torn: bytes) -> None:
+ODD = ['{"step": 1}', '{"step": 1e999, "seconds": 1}', '{"step": 1, "seconds": "x"}', '{"step": 1, "seconds": NaN}']
+ODD += ['{"step": null}', '{"step": "1", "seconds": 1}', '{"step": 1, "seconds": 1, "waited": []}', "[" * 50_000]
+ODD += [f'{{"step": 1, "seconds": 1{"0" * 400}}}']
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 4, "lo', b"\0\0\0\n", b"\xff\n[1]\n7\n", *(f"{line}\n".encode() for line in ODD)]
+)
+def test_torn_and_odd_lines_of_the_log_do_not_stop_a_resume(tmp_path: Path, torn: bytes) -> None:
     """What a power cut in the middle of a write leaves behind."""
     half = Toy()
     interrupted_at(3, half, KeyboardInterrupt)
@@ -357,6 +366,20 @@ def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path: Path, 
     (line,) = skipped_in(tmp_path)
     assert line["pictures"] == list(ONE.keys)
     assert line["losses"]["near"] == str(bad)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert newest(tmp_path)["trainable"]["x"].isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    model = Toy()
+
+    def spoil(_: nn.Module, inputs: tuple[Batch]) -> None:
+        if inputs[0].seed == 3:
+            model.x.data[2] = torch.inf
+
+    model.register_forward_pre_hook(spoil)
+    with pytest.raises(UserError, match=r"after step 4 weights are not finite; .* learning rate, 0.1, is too high"):
+        toy(tmp_path, model, run=SAVED_OFTEN, steps=6)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert newest(tmp_path)["trainable"]["x"].isfinite().all()
 

@@ -14,7 +14,7 @@ from refine_control.export import onnx
 from refine_control.export.export import export_model
 from refine_control.export.graph import Graph
 from refine_control.runtime import FORMAT, MANIFEST, MUST_HAVE
-from tiny import tiny_model, write_folder
+from tiny import least, tiny_model, write_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +64,5 @@ def exported(tiny_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPat
 def write_manifest(folder: Path, **known: Any) -> Path:
     """A folder of an export that has its description, and none of the graphs."""
     folder.mkdir(parents=True)
-    manifest = {key: kind() for key, kind in MUST_HAVE.items() if not isinstance(kind, dict)}
-    manifest |= {part: {key: kind() for key, kind in MUST_HAVE[part].items()} for part in ("scheduler", "text")}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT} | known), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(least(MUST_HAVE) | {"format": FORMAT} | known), encoding="utf-8")
     return folder

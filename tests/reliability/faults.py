@@ -30,6 +30,7 @@ from refine_control.errors import UserError
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["refine_control.compare.compare", "refine_control.cli", "diffusers", "tiny"])
 
+MEMORY = 512 << 20  # bytes that a stranger's files may take
 Fault = Callable[[], AbstractContextManager[None]]
 
 
@@ -158,16 +159,19 @@ def not_finite(call: int, rank: int) -> Iterator[None]:
     yield
 
 
-def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, seconds: int = 20) -> str:
+def verdict(
+    use: Callable[[], object], *named: str, memory: int = MEMORY, most: int = 4 * MEMORY, seconds: int = 20
+) -> str:
     """What using a stranger's files comes to, in a fork that may take little memory and time.
 
-    Returns 'read', 'refused' (in one line that has `named` in it), or what went wrong.
+    memory: bytes that it may take beyond those that it has; wanting more is wrong, refused or not. most: there it ends.
+    Returns 'read', 'refused' (in one line that has one of `named` in it), or what went wrong.
     """
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        used = _most_memory()
+        resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
         torch.set_num_threads(1)  # OpenMP's threads are not in a fork: it would wait for them for ever
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler needs Python to run
         signal.alarm(seconds)
@@ -176,9 +180,12 @@ def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, second
             said = "read"
         except UserError as error:
             text = str(error)
-            said = "refused" if text.isprintable() and named in text and len(text) < 1000 else f"odd: {text[:300]}"
+            good = text.isprintable() and any(name in text for name in named) and len(text) < 1000
+            said = "refused" if good and "memory" not in text else f"odd: {text[:300]}"
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"[:300]
+        if (taken := _most_memory() - used) > memory:
+            said = f"took {taken >> 20} MB: {said}"
         os.write(write, said.encode(errors="replace"))
         os._exit(0)
     os.close(write)
@@ -186,6 +193,11 @@ def verdict(use: Callable[[], object], named: str, memory: int = 2 << 30, second
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read().decode()
     return said or f"ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def _most_memory() -> int:
+    """Bytes of addresses that this process ever had at once, those that it never wrote to too."""
+    return int(Path("/proc/self/status").read_text().partition("VmPeak:")[2].split()[0]) << 10
 
 
 def newest(folder: Path) -> str:

@@ -60,5 +60,5 @@ def test_a_name_that_leads_nowhere(name: str) -> None:
 def test_a_config_that_makes_no_network(tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "model", "sd15")
     (folder / "unet/config.json").write_text('{"block_out_channels": [320]}')
-    with pytest.raises(ModelError, match="make no network"):
+    with pytest.raises(ModelError, match="no network comes of the configs of"):
         plan_teacher(str(folder))

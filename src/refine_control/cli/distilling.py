@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from refine_control.command import command, flag
+from refine_control.command import command, flag, whole_number
 from refine_control.errors import UserError
 
 RECIPE = flag("recipe", type=Path, help="a YAML file; the shipped ones are in recipes/")
@@ -57,7 +57,7 @@ def _compare(args: argparse.Namespace) -> None:
     if "seed" in args.overrides:
         raise UserError("--seed: rows are compared over several seeds; give --seeds 5, or --seeds 0,1,2")
     loaded, overrides = plan.load(args.recipe, args.overrides)
-    seeds = [_whole_number(seed, "--seeds") for seed in args.seeds.split(",")] if args.seeds else None
+    seeds = [whole_number(seed, "--seeds", most=2**64 - 1) for seed in args.seeds.split(",")] if args.seeds else None
     loaded = plan.narrowed(loaded, args.rows.split(",") if args.rows else None, seeds)
     if args.dry_run:
         print(compare.dry_run(loaded, overrides, args.rival))
@@ -124,9 +124,3 @@ def _evaluate(args: argparse.Namespace) -> None:
     args.overrides.setdefault("output_dir", "runs/evaluate")
     loaded = recipe.load(recipe.DistilRecipe, args.recipe, args.overrides)
     print(f"\n{evaluate(loaded, args.models, args.baselines)}\nscores: {loaded.output_dir}/scores.json")
-
-
-def _whole_number(text: str, flag: str) -> int:
-    if not text.strip().isdigit():
-        raise UserError(f"{flag}: '{text}' is no whole number; give e.g. 0,1,2")
-    return int(text)

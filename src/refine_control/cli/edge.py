@@ -6,7 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from refine_control.command import command, flag, plain
+from refine_control.command import command, flag, plain, whole_number
 from refine_control.errors import UserError
 
 
@@ -38,7 +38,8 @@ def _export(args: argparse.Namespace) -> None:
     _need_engines()
     from refine_control.export.export import export_model, summary
 
-    calibration, images = (_whole(args, name, least) for name, least in (("calibration_images", 1), ("images", 0)))
+    calibration = whole_number(args.calibration_images, "--calibration_images", 1)
+    images = whole_number(args.images, "--images")
     manifest = export_model(
         args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name, calibration, images
     )
@@ -91,14 +92,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from refine_control.serve.server import serve
 
-    serve(args.folder, args.host, _whole(args, "port", 0, 65535), not args.no_browser)
-
-
-def _whole(args: argparse.Namespace, name: str, least: int, most: int = 10**9) -> int:
-    given = getattr(args, name)
-    if not given.isascii() or not given.isdigit() or not least <= int(given) <= most:
-        raise UserError(f"--{name} '{given}' is no whole number from {least} to {most}")
-    return int(given)
+    serve(args.folder, args.host, whole_number(args.port, "--port", most=65535), not args.no_browser)
 
 
 def _need_engines() -> None:

@@ -14,10 +14,12 @@ from refine_control.data.example import (
     require_no_faults,
     require_same_size,
 )
-from refine_control.data.images import MAX_PIXELS, SUFFIXES, read_image, read_mask
+from refine_control.data.images import MAX_PIXELS, SUFFIXES, UNREAD, read_image, read_mask
 from refine_control.errors import DataError
 
 METADATA = "metadata.jsonl"
+FOREIGN = ("metadata.csv", "metadata.parquet")  # Hugging Face reads them
+MOST_BYTES = 1_000_000_000  # of the metadata, that of millions of pictures
 LONGEST_LINE = 1_000_000  # bytes
 
 
@@ -38,9 +40,10 @@ class FolderDataset:
     `conditioning_image_file_name`; the others are kept in `Example.extra`. A plain folder is searched recursively,
     hidden files and folders (a leading dot) left out. The key of an example is its image's path below the folder.
 
-    Raises DataError when opened: missing or empty folder, broken metadata line, a path that is absolute, climbs out
-    or leaves the folder through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which
-    raises DataError for a broken one and for a mask or control of another size.
+    Raises DataError when opened: missing or empty folder, a picture of a kind that is not read, metadata that is no
+    file or larger than MOST_BYTES, a broken line of it, a path that is absolute, climbs out or leaves the folder
+    through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which raises DataError for a
+    broken one and for a mask or control of another size.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
@@ -50,10 +53,10 @@ class FolderDataset:
         self.faults: list[str] = []
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; check the path")
-        if (self.folder / METADATA).is_file():
+        if os.path.lexists(self.folder / METADATA):
             self._entries = _read_metadata(self.folder, self.faults)
-        elif (self.folder / "metadata.csv").is_file():
-            raise DataError(f"{self.folder / 'metadata.csv'}: only {METADATA} is read; convert it, one object a line")
+        elif foreign := [name for name in FOREIGN if os.path.lexists(self.folder / name)]:
+            raise DataError(f"{self.folder / foreign[0]}: only {METADATA} is read; convert it, one object a line")
         else:
             self._entries = [_Entry(_key(path, self.folder), path) for path in _find_images(self.folder, self.faults)]
         require_no_faults(self.faults, lenient)
@@ -114,8 +117,12 @@ def _read_metadata(folder: Path, faults: list[str]) -> list[_Entry]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Of a file that may be larger than the memory."""
+    if not path.is_file():  # to read a pipe is to wait for good
+        raise DataError(f"{path}: not a regular file; put the captions there, or remove it to do without")
     try:
         with path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+                raise DataError(f"{path}: {size} bytes are more than {MOST_BYTES}; write the pictures as shards")
             while line := file.readline(LONGEST_LINE):
                 yield line.removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -188,7 +195,10 @@ def _find_images(folder: Path, faults: list[str]) -> list[Path]:
 
     for parent, folders, files in os.walk(folder, onerror=unreadable):  # does not follow linked folders
         folders[:] = usable(parent, [name for name in folders if not name.startswith(".")])
-        pictures = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        shown = [name for name in files if not name.startswith(".")]
+        pictures = [name for name in shown if name.lower().endswith(SUFFIXES)]
+        others = sorted(name for name in shown if name.lower().endswith(UNREAD))
+        faults += [f"{Path(parent) / name}: not read; save it as PNG or JPEG, or remove it" for name in others]
         found += [Path(parent) / name for name in usable(parent, pictures)]
     return sorted(found, key=lambda path: _key(path, folder))
 

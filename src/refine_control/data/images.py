@@ -1,6 +1,7 @@
 """Bytes on the disk -> uint8 RGB arrays, and back to one square size. Untrusted files are expected here."""
 
 import io
+import math
 import os
 import threading
 import warnings
@@ -14,8 +15,10 @@ from PIL import Image, ImageOps
 from refine_control.errors import DataError
 
 MAX_PIXELS = 64_000_000
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LARGEST_SIDE = math.isqrt(MAX_PIXELS)  # of a square that can be read back
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and some of those start other programs
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".dng")  # pictures all the same
 OPENING = threading.Lock()  # what is done with warnings, is done for all threads
 FitMode = Literal["crop", "pad"]
 
@@ -71,7 +74,7 @@ def fit_square(image: np.ndarray, resolution: int, mode: FitMode = "crop") -> np
     """uint8 (H, W, 3) -> uint8 (resolution, resolution, 3), antialiased (Lanczos).
 
     "crop" keeps the centre square, so that the shorter side fills `resolution`; "pad" keeps everything and fills a
-    square with white. Raises DataError for an unknown mode or a resolution below 1.
+    square with white. Raises DataError for an unknown mode, and see `require_side`.
     """
     return _fit(Image.fromarray(image), resolution, mode, Image.Resampling.LANCZOS, (255, 255, 255))
 
@@ -99,6 +102,12 @@ def encode_png(image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def require_side(resolution: int) -> None:
+    """Raises DataError unless squares of that side can be made, kept and read back."""
+    if not 1 <= resolution <= LARGEST_SIDE:
+        raise DataError(f"resolution {resolution} is not between 1 and {LARGEST_SIDE}; give a square's side in pixels")
 
 
 def most_bytes(max_pixels: int) -> int:
@@ -151,8 +160,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 def _fit(
     image: Image.Image, resolution: int, mode: str, resample: Image.Resampling, fill: int | tuple[int, int, int]
 ) -> np.ndarray:
-    if resolution < 1:
-        raise DataError(f"resolution {resolution} is below 1; give the side of the square in pixels")
+    require_side(resolution)
     width, height = image.size
     if mode == "crop":  # cropped before it is resized: the same picture, and a very long one costs no memory
         side = min(width, height)

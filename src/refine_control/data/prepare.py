@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from refine_control.data.example import Example
-from refine_control.data.images import FitMode, fit_square, fit_square_mask
-from refine_control.data.shards import write_shards
+from refine_control.data.images import FitMode, fit_square, fit_square_mask, require_side
+from refine_control.data.shards import LONGEST_KEY, write_shards
 from refine_control.data.source import open_usable
 from refine_control.errors import DataError
 
@@ -23,6 +24,7 @@ def prepare(
 
     skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
     """
+    require_side(resolution)
     dataset = open_usable(source, split, skip_corrupt)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -37,10 +39,19 @@ def prepare(
                 continue
             yield replace(
                 e,
-                key=e.key.replace(".", "_"),
+                key=_key(e.key),
                 image=fit_square(e.image, resolution, fit),
                 mask=None if e.mask is None else fit_square_mask(e.mask, resolution, fit),
                 control=None if e.control is None else fit_square(e.control, resolution, fit),
             )
 
     return write_shards(brought(), out, split)
+
+
+def _key(name: str) -> str:
+    """One that a shard can hold: without dots, and of a long one the beginning, told apart by a digest of the whole."""
+    key = name.replace(".", "_").encode()
+    if len(key) <= LONGEST_KEY:
+        return key.decode()
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return key[: LONGEST_KEY - 17].decode(errors="ignore") + "-" + digest

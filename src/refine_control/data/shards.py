@@ -25,9 +25,8 @@ from refine_control.errors import DataError
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 ENDINGS = (*IMAGE_EXTENSIONS, "json", "txt", "mask.png", "control.png")  # of the members that are read
-BLOCK = 512
+BLOCK, LONGEST_KEY, LONGEST_HEADER = 512, 80, 1_000_000  # bytes; a plain tar has room for names of a hundred
 EXTENDED = (b"L", b"K", b"x", b"g", b"X")  # types of headers: a member's long name or link, or what pax says of it
-LONGEST_HEADER = 1_000_000  # bytes
 Members = dict[str, tuple[int, int]]  # ending -> (offset, size)
 Encoded = list[tuple[str, bytes]]
 
@@ -231,7 +230,8 @@ def _encode(example: Example, quality: int | None) -> Encoded:
     record = dict(example.extra) if example.text is None else {**example.extra, "text": example.text}
     members = [("webp", encode_webp(example.image, quality))]
     if record:
-        members.append(("json", json.dumps(record, ensure_ascii=False, sort_keys=True).encode("utf-8")))
+        text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+        members.append(("json", text.encode("utf-8", "backslashreplace")))  # half of a surrogate pair as JSON spells it
     if example.mask is not None:
         members.append(("mask.png", encode_png(example.mask * 255)))
     if example.control is not None:
@@ -254,8 +254,8 @@ def _groups(encoded: list[tuple[str, Encoded]], max_bytes: int) -> list[list[tup
 
 def _checked_key(key: str) -> str:
     plain = key and not key.startswith("/") and "." not in key and "\0" not in key and is_unicode(key)
-    if not plain or PurePosixPath(key).as_posix() != key or len(key.encode()) > 80:
-        raise DataError(f"key {key!r} cannot name a tar member; use a relative path without dots, at most 80 bytes")
+    if not plain or PurePosixPath(key).as_posix() != key or len(key.encode()) > LONGEST_KEY:
+        raise DataError(f"key {key!r} cannot name a tar member; use a relative path of at most 80 bytes, without dots")
     return key
 
 

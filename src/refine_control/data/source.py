@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from refine_control.errors import DataError
 from refine_control.files import cores
 
 SPLITS = ("train", "val", "validation", "test")
+WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+NUMBER = re.compile(r"([-_]?\d+)?(-of-\d+)?$")
 AT_ONCE = 1000  # examples handed to threads
 
 
@@ -29,8 +33,9 @@ def open_dataset(
 ) -> FolderDataset | ShardDataset:
     """Open `path/SPLIT-*.tar` as shards, else `path/SPLIT` or, where nothing is split, `path` as a folder of images.
 
-    A folder without splits gives all its images for every split: keep what you test on elsewhere. lenient: as of
-    `FolderDataset`.
+    Of shards whose names hold train, val, validation or test somewhere, that is the split, as on the Hugging Face hub.
+    A folder without splits (of shards: all have one name but for their numbers, and it is none of these words) gives
+    all its images for every split: keep what you test on elsewhere. lenient: as of `FolderDataset`.
 
     Raises DataError: no such folder; the folder holds other splits only (they are listed); whatever the dataset
     itself refuses.
@@ -41,14 +46,16 @@ def open_dataset(
     if not folder.is_dir():
         reason = "is a file; give the folder that it lies in" if folder.exists() else "no such folder; check the path"
         raise DataError(f"{folder}: {reason}")
-    if shards := sorted(folder.glob(f"{split}-*.tar")):
+    if tars := _tars(folder):
+        shards = [tar for tar in tars if tar.stem.startswith(f"{split}-") or (_name(tar) or "train") == split]
+        if not shards and len(names := {_name(tar) for tar in tars}) == 1 and names.isdisjoint(SPLITS):
+            shards = tars  # nothing is split
+        if not shards:
+            raise DataError(f"{folder}: no {split!r} shards, only {', '.join(splits_of(folder))}; choose one of these")
         return ShardDataset(shards, max_pixels, lenient)
-    if tars := sorted(folder.glob("*.tar")):
-        found = sorted({tar.stem.rpartition("-")[0] or tar.stem for tar in tars})
-        raise DataError(f"{folder}: no {split!r} shards, only {', '.join(found)}; choose one of these")
     if (folder / split).is_dir():
         refuse_escape(folder / split, folder.resolve())
-        if (folder / METADATA).is_file() and not (folder / split / METADATA).is_file():
+        if os.path.lexists(folder / METADATA) and not os.path.lexists(folder / split / METADATA):
             raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
         return FolderDataset(folder / split, max_pixels, lenient)
     if others := [name for name in SPLITS if (folder / name).is_dir()]:
@@ -112,8 +119,19 @@ def _keyed(part: int, key: str) -> str:
 def splits_of(path: str | Path) -> list[str]:
     """The names that `open_dataset` knows for a folder: those of its shards, of its folders, or 'train' for all."""
     folder = Path(path)
-    shards = {tar.stem.rpartition("-")[0] for tar in folder.glob("*-*.tar")}
+    shards = {_name(tar) or "train" for tar in _tars(folder)}
     return sorted(shards) or [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
+
+
+def _tars(folder: Path) -> list[Path]:
+    """Hidden ones, as a Mac leaves beside each file, are none."""
+    return sorted(folder.glob("[!.]*.tar"))
+
+
+def _name(tar: Path) -> str:
+    """A shard's split, or where its name tells none, its name without the number, '' of one that is all number."""
+    word = WORD.search(tar.stem)
+    return word[1] if word else NUMBER.sub("", tar.stem)
 
 
 def check(dataset: Any) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from refine_control.diffusion.model import Model, halvings
 from refine_control.errors import ModelError
 
 PICTURE_CHANNELS = 3
+MOST_PIXELS = 4096  # a side; SDXL's pictures have 1024
 SIZES = 6  # what SDXL is told of a picture: height and width, the crop's corner, height and width
 Pair = tuple[str, Any, Any]
 
@@ -31,9 +32,11 @@ def check_belonging(model: Model, name: str, controlnets: Sequence[str] = ()) ->
         for key in FOREIGN[part]:
             if network.config.get(key) is not None:
                 raise ModelError(f"'{name}' is of another family: {part} has {key} = {network.config[key]}, not null")
-    side = model.denoiser.foundation.config.sample_size
+    side, most = model.denoiser.foundation.config.sample_size, MOST_PIXELS // model.downscale
     if not isinstance(side, int):
         raise ModelError(f"'{name}': sample_size in unet/config.json is {side}; write one number, latents are square")
+    if not 1 <= side <= most:
+        raise ModelError(f"'{name}': sample_size in unet/config.json is {side}; latents have 1 to {most} a side")
     pairs = list(_without_module(model))
     for place, net in enumerate(model.denoiser.nets):
         label = f"ControlNet '{controlnets[place]}'" if controlnets else "ControlNet" + (f"_{place}" if place else "")

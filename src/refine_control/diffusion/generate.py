@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from refine_control.data.example import Example
+from refine_control.data.example import Example, is_unicode
 from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
 from refine_control.data.loader import make_batch
 from refine_control.diffusion.sample import fill
@@ -34,8 +34,12 @@ def generate(
     that resolution.
 
     Raises:
-        DataError: picture and mask cannot be read or differ in size, the mask is empty, or `out` cannot be written.
+        DataError: picture and mask cannot be read or differ in size, the mask is empty, the prompt is no Unicode, or
+            `out` cannot be written.
+        RecipeError: see `sample`.
     """
+    if not is_unicode(prompt):  # so Python spells bytes of a command line that are no UTF-8
+        raise DataError(f"--prompt {prompt!r} is not UTF-8; write it in a terminal and a locale that are")
     picture, hole = read_image(image), read_mask(mask)
     if picture.shape[:2] != hole.shape:
         (h, w), (mh, mw) = picture.shape[:2], hole.shape

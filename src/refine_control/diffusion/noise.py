@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from refine_control.errors import ModelError
+from refine_control.errors import ModelError, RecipeError
 from refine_control.recipe import NoiseConfig
 
 # Those whose forward process is x_t = alpha_t x_0 + sigma_t eps by betas: neither flow matching nor EDM's sigmas.
@@ -32,6 +32,7 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
+MOST_TIMESTEPS = 100_000  # there is a table of them; models have 1,000
 PREDICTIONS = get_args(NoiseConfig.model_fields["prediction_type"].annotation)
 
 
@@ -125,7 +126,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     diffusers itself would fill in the defaults of the class that reads: timesteps from another end, clipped latents.
 
     Raises:
-        ModelError: flow matching, another class without betas, or an unknown kind of prediction; it is named.
+        ModelError: flow matching, another class without betas, an unknown kind of prediction, or more timesteps than
+            any model has; it is named.
     """
     kind = config.get("_class_name", "DDIMScheduler")
     if kind not in SCHEDULERS:
@@ -138,6 +140,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(f"scheduler '{kind}' is set to flow matching; give a model with prediction_type {PREDICTIONS}")
     if filled["prediction_type"] not in PREDICTIONS:
         raise ModelError(f"scheduler's prediction_type '{filled['prediction_type']}' is none of {PREDICTIONS}")
+    if not isinstance(steps := filled["num_train_timesteps"], int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ModelError(f"scheduler's num_train_timesteps {steps!r:.80} is no number from 1 to {MOST_TIMESTEPS}")
     return filled
 
 
@@ -145,11 +149,34 @@ def sampler(config: dict[str, Any]) -> DDIMScheduler:
     """DDIM over the scheduler config of any class in SCHEDULERS; values that DDIM does not know stay in its config.
 
     Raises:
-        ModelError: see `complete`; or no betas can be made of its values.
+        ModelError: see `complete`; or no betas, one for each timestep, can be made of its values.
     """
     filled = complete(config)
     try:
-        return DDIMScheduler.from_config(filled)
+        made = DDIMScheduler.from_config(filled)
+        fits = made.alphas_cumprod.shape == (filled["num_train_timesteps"],) and made.alphas_cumprod.isfinite().all()
     except (TypeError, ValueError, RuntimeError):
-        named = {key: filled[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
-        raise ModelError(f"no betas can be made of {named}; mend scheduler_config.json") from None
+        fits = False
+    if not fits:
+        keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "num_train_timesteps")
+        named = ", ".join(f"{key} {filled.get(key)!r:.80}" for key in keys)
+        raise ModelError(f"no betas can be made of {named}; mend scheduler_config.json")
+    return made
+
+
+def sampler_at(config: dict[str, Any], steps: int, device: str | torch.device = "cpu") -> DDIMScheduler:
+    """`sampler`, set to so many inference steps. An offset leads past no timestep that there is.
+
+    Raises:
+        ModelError: see `sampler`.
+        RecipeError: the model has fewer timesteps.
+    """
+    scheduler = sampler(config)
+    known = len(scheduler.alphas_cumprod)
+    if steps > known:
+        raise RecipeError(
+            f"num_inference_steps is {steps} but the model knows {known} timesteps; give {known} or fewer"
+        )
+    scheduler.set_timesteps(steps, device=device)
+    scheduler.timesteps = scheduler.timesteps.clamp(0, known - 1)
+    return scheduler

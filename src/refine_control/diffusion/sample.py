@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refine_control.data.batch import Batch
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.noise import sampler
+from refine_control.diffusion.noise import sampler_at
 from refine_control.recipe import SampleConfig
 
 
@@ -26,6 +26,9 @@ def sample(
 
     Returns:
         (N, 3, H, W) in [-1, 1], on the CPU.
+
+    Raises:
+        RecipeError: more inference steps than the model has timesteps.
     """
     pictures = []
     for first in range(0, len(captions), config.batch_size):
@@ -39,8 +42,7 @@ def sample(
 def _denoise(
     model: Model, control: Tensor | None, captions: Sequence[str], config: SampleConfig, seeds: Sequence[int]
 ) -> Tensor:
-    scheduler = sampler(model.scheduler)
-    scheduler.set_timesteps(config.num_inference_steps, device=model.device)
+    scheduler = sampler_at(model.scheduler, config.num_inference_steps, model.device)
     sides = (model.resolution, model.resolution) if control is None else control.shape[-2:]
     shape = (model.denoiser.foundation.config.in_channels, *(side // model.downscale for side in sides))
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

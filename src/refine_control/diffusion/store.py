@@ -20,9 +20,10 @@ from refine_control.diffusion import hub
 from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.build import module_of
 from refine_control.diffusion.model import Denoiser, Model, halvings
-from refine_control.diffusion.noise import NoiseSchedule, complete
+from refine_control.diffusion.noise import complete
+from refine_control.diffusion.trial import try_out
 from refine_control.diffusion.weights import check_config, check_files, check_names, check_weights, read_json
-from refine_control.errors import ModelError
+from refine_control.errors import ModelError, refusal
 from refine_control.files import is_known, put_in_place, sync
 
 disable_progress_bar()  # one bar for each file of a model says nothing
@@ -113,16 +114,17 @@ def load(name: str, device: str | torch.device = "cpu", controlnets: Sequence[st
         controlnets: folders or hub ids of ControlNets that were saved on their own; they replace the pipeline's.
 
     Raises:
-        ModelError: a part is missing or malformed, of a class that is not supported, or does not belong to the others.
+        ModelError: a part is missing or malformed, of a class that is not supported, or does not belong to the others;
+            or together they draw no picture.
     """
     folder = resolve(name, own_controlnets=not controlnets)
     try:
         nets = [_read_controlnet(resolve_controlnet(net)) for net in controlnets]
         model = _read_model(folder, nets)
         check_belonging(model, name, controlnets)
+        try_out(model)
     except Exception as error:  # diffusers and transformers raise nearly every type on a malformed config
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError((reason if f"'{name}'" in reason else f"cannot load '{name}': {reason}")[:600]) from None
+        raise refusal(name, "cannot load", error) from None
     return model.to(device)
 
 
@@ -141,7 +143,6 @@ def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
         own = controlnet_folders(index, lambda part: (folder / part).is_dir())
         nets = [_read_controlnet(folder / part) for part in own]
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    NoiseSchedule.from_config(scheduler)  # asked now, not hours later
     foundation, vae = parts.pop("unet"), parts["vae"]
     return Model(
         denoiser=Denoiser(foundation, module_of(nets), downscale=halvings(vae.config.block_out_channels)),

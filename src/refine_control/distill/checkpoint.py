@@ -19,6 +19,7 @@ from refine_control.files import put_in_place, sync
 
 State = dict[str, dict[str, Tensor]]  # name of a file -> name of a tensor -> its value
 MANIFEST, FORMAT = "state.json", 2  # format 1 had no hashes
+FILES = ("trainable.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 def save(folder: Path, step: int, state: State) -> None:
@@ -57,9 +58,7 @@ def latest(folder: Path) -> Path | None:
         DataError: there are checkpoints, and all are damaged or of a later format.
     """
     faults = []
-    for path in sorted(folder.glob("step-*"), key=_step, reverse=True):
-        if not (path / MANIFEST).is_file():
-            continue  # half pruned
+    for path in sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step, reverse=True):
         try:
             _check(path)
         except DataError as error:
@@ -81,37 +80,41 @@ def read(path: Path) -> tuple[int, State]:
 def _check(path: Path) -> None:
     """Raises DataError where a checkpoint is not as it was written."""
     manifest = _manifest(path)
-    if "sha256" not in manifest:
-        _check_unhashed(path)
-    for name, digest in manifest.get("sha256", {}).items():
+    if manifest["format"] == 1:
+        return _check_unhashed(path)
+    hashes = manifest.get("sha256")
+    hashes = hashes if isinstance(hashes, dict) else {}
+    for name in sorted({*hashes, *FILES}):
         try:
             found = _sha256(path / name)
         except OSError as error:  # missing, or on a failing disk
             raise DataError(f"checkpoint '{path}' is damaged: {name}: {error.strerror}") from None
-        if found != digest:
+        if found != hashes.get(name):
             raise DataError(f"checkpoint '{path}' is damaged: {name} has changed since it was written")
 
 
 def _check_unhashed(path: Path) -> None:
     """Of a checkpoint of format 1: that its files are there, and as long as they say."""
-    for name in ("trainable", "ema", "optimizer"):
+    for name in FILES:
         try:
-            safe_open(path / f"{name}.safetensors", "pt")
+            safe_open(path / name, "pt")
         except (OSError, SafetensorError) as error:
-            raise DataError(f"checkpoint '{path}' is damaged: {name}.safetensors: {error}") from None
+            raise DataError(f"checkpoint '{path}' is damaged: {name}: {error}") from None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, found = int(manifest["step"]), int(manifest["format"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if step != _step(path) or found < 1:
+            raise ValueError(f"step {step} of format {found} is not what was written")
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"checkpoint '{path}' is damaged: {MANIFEST}: {error}") from None
     if found > FORMAT:
         raise DataError(
             f"checkpoint '{path}' is of format {found}, later than {FORMAT}; install a later refine-control"
         )
-    return {**manifest, "step": step}
+    return {**manifest, "step": step, "format": found}
 
 
 def _sha256(path: Path) -> str:

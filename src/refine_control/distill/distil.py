@@ -22,6 +22,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.cache import EncoderCache, digest, settings
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
+from refine_control.diffusion.noise import sampler_at
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
@@ -75,12 +76,17 @@ class Distiller:
         """As `run`, in a folder that this process holds already."""
         recipe = self.pinned(recipe)
         _agree(recipe)
+        sampler_at(self.teacher.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
+        stages = [
+            (name, stage) for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)) if stage.steps
+        ]
+        for name, stage in stages:
+            self.loader(recipe, stage, name)  # a mistake in the second should not cost the first
         if self.team.is_main_process:
             self.claim(recipe, folder, method)
         student, bridges = self.fresh_student(recipe)
-        for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-            if stage.steps:
-                self._train(folder / name, student, bridges, stage, recipe, method)
+        for name, stage in stages:
+            self._train(folder / name, student, bridges, stage, recipe, method)
         if self.team.is_main_process:
             store.save(replace(self.teacher, denoiser=student), folder / "student")
         self.team.wait_for_everyone()

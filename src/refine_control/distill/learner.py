@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from refine_control.distill import checkpoint
 from refine_control.distill.optimizer import LossScale, build_optimizer, clip, ema_decay, learning_rate
-from refine_control.distill.processes import sharded, spread_like, whole
-from refine_control.errors import DataError
+from refine_control.distill.processes import own_part, sharded, spread_like, whole
+from refine_control.errors import DataError, UserError
 from refine_control.recipe import RunConfig, StageConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,7 +96,17 @@ class Learner:
         return norm
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint after `step` steps. Every process must call it; the main one writes, whole tensors."""
+        """Writes a checkpoint after `step` steps. Every process must call it; the main one writes, whole tensors.
+
+        Raises:
+            UserError: a weight is not finite; the last checkpoint is as it was.
+        """
+        finite = torch.stack([own_part(p.detach()).isfinite().all() for p in self.parameters]).all()
+        if not all(gather_object([bool(finite)])):
+            raise UserError(
+                f"after step {step} weights are not finite; the last checkpoint is as it was. The learning rate, "
+                f"{self.stage.learning_rate:g}, is too high: begin with a lower one in another output_dir"
+            )
         state = {
             "trainable": self._gathered(self.objective.state_dict()),
             "ema": self._gathered({str(i): value for i, value in enumerate(self.average)}),

@@ -178,18 +178,18 @@ class Log:
     """losses.jsonl: a line of numbers for a step. Only the main process writes; only steps that are kept stay in it."""
 
     def __init__(self, path: Path, start: int, writes: bool) -> None:
-        """Drops torn lines and steps beyond `start`, of which the checkpoint knows nothing. lines: how many it has."""
+        """Drops odd lines, and steps beyond `start`, of which the checkpoint knows nothing. lines: how many it has."""
         self.path, self.writes, self.lines = path, writes, 0
         self.began, self.waited = time.monotonic(), 0.0
         if not writes:
             return
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-        kept = [line for line in lines if _step(line) <= start]
+        kept = [line for line in lines if _times(line)[0] <= start]
         write_whole(path, "".join(line + "\n" for line in kept))
         self.lines = len(kept)
         if kept:
-            last = json.loads(kept[-1])
-            self.began, self.waited = self.began - last["seconds"], last.get("waited", 0.0)
+            _, seconds, self.waited = _times(kept[-1])
+            self.began -= seconds
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds the seconds of training so far, interruptions not counted, and those of them spent waiting for data."""
@@ -205,9 +205,11 @@ class Log:
             sync(self.path)
 
 
-def _step(line: str) -> float:
-    """Of a line of a log; infinity where a power cut left something else."""
+def _times(line: str) -> tuple[float, float, float]:
+    """Step, seconds and seconds waited of a line of a log; an infinite step where something else was left."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        found = json.loads(line)
+        times = found["step"], found["seconds"], found.get("waited", 0.0)
+        return times if all(map(math.isfinite, times)) else (math.inf, 0.0, 0.0)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return math.inf, 0.0, 0.0

@@ -122,6 +122,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may lie spread over the processes."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
     """A whole tensor, on the device of the example and, where that is spread over the processes, spread alike."""
     tensor = tensor.to(example.device)

@@ -18,7 +18,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model, halvings
-from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.diffusion.noise import NoiseSchedule, sampler_at, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.losses import task_loss
@@ -45,6 +45,7 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     claim(recipe, folder, contents(labelled, unlabelled))
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
+    sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")

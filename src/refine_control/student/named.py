@@ -28,7 +28,8 @@ def plan_of(teacher: Denoiser) -> DenoiserPlan:
     """The plan that a built foundation and its module follow.
 
     Raises:
-        ModelError: blocks of other kinds than SD's and SDXL's, or a depth that changes within a level.
+        ModelError: blocks of other kinds than SD's and SDXL's, a depth that changes within a level, or numbers that no
+            plan may have.
     """
     config = teacher.foundation.config
     levels = len(config.block_out_channels)
@@ -41,16 +42,19 @@ def plan_of(teacher: Denoiser) -> DenoiserPlan:
     conditioning = {}
     if teacher.nets:
         conditioning["conditioning_channels"] = tuple(teacher.nets[0].config.conditioning_embedding_out_channels)
-    return DenoiserPlan(
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=_short(_each(config.layers_per_block, levels)),
-        attention=tuple(ATTENTION[kind] for kind in config.down_block_types),
-        transformer_layers=_short(depths),
-        heads=_each(config.attention_head_dim, levels),
-        mid_block="none" if config.mid_block_type is None else "attention",
-        norm_num_groups=config.norm_num_groups,
-        **conditioning,
-    )
+    try:
+        return DenoiserPlan(
+            block_out_channels=tuple(config.block_out_channels),
+            layers_per_block=_short(_each(config.layers_per_block, levels)),
+            attention=tuple(ATTENTION[kind] for kind in config.down_block_types),
+            transformer_layers=_short(depths),
+            heads=_each(config.attention_head_dim, levels),
+            mid_block="none" if config.mid_block_type is None else "attention",
+            norm_num_groups=config.norm_num_groups,
+            **conditioning,
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"no plan has the shape of the teacher: {' '.join(str(error).split())[:300]}") from None
 
 
 def named_plan(name: StudentName, teacher: Denoiser) -> DenoiserPlan:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from refine_control.diffusion import hub, store
+from refine_control.diffusion.belonging import check_belonging
 from refine_control.diffusion.build import build_outline, build_text_outline
 from refine_control.diffusion.model import Model
+from refine_control.diffusion.trial import try_outline
 from refine_control.diffusion.weights import asks_for_more_layers, check_config, read_json
-from refine_control.errors import ModelError
+from refine_control.errors import ModelError, refusal
+from refine_control.student.plan import probe
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a text encoder's config says of its tokenizer."""
+
+    vocabulary: int
+    model_max_length: int
+
+    def __len__(self) -> int:
+        return self.vocabulary
 
 
 def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
@@ -22,7 +36,7 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
         controlnets: ControlNets saved on their own, instead of the pipeline's; with none of either, no module.
 
     Raises:
-        ModelError: a config is not there or makes no network.
+        ModelError: a config is not there, makes no network, or does not belong to the others.
     """
     folder = str(store.resolve(name)) if name.startswith("zoo:") else name
     own = _own_controlnets(folder) if not controlnets else []
@@ -33,10 +47,13 @@ def plan_teacher(name: str, controlnets: Sequence[str] = ()) -> Model:
     try:
         denoiser, vae = build_outline(configs["unet"], nets, configs["vae"])
         encoders = [build_text_outline(config) for config in texts]
+        words: list[Any] = [Words(each.config.vocab_size, each.config.max_position_embeddings) for each in encoders]
+        model = Model(denoiser, vae, encoders[0], words[0], {}, *encoders[1:], *words[1:])
+        check_belonging(model, name, controlnets)
+        try_outline(model, probe(model, "meta")[2])
     except Exception as error:  # diffusers and transformers raise nearly every type on a malformed config
-        raise ModelError(f"the configs of '{name}' make no network: {' '.join(str(error).split())[:300]}") from None
-    tokenizer: Any = SimpleNamespace(model_max_length=encoders[0].config.max_position_embeddings)
-    return Model(denoiser, vae, encoders[0], tokenizer, {}, *encoders[1:])
+        raise refusal(name, "no network comes of the configs of", error) from None
+    return model
 
 
 def _own_controlnets(folder: str) -> list[str]:
