@@ -77,16 +77,16 @@ class Distiller:
         recipe = self.pinned(recipe)
         _agree(recipe)
         sampler_at(self.teacher.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
-        stages = [
-            (name, stage) for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)) if stage.steps
-        ]
-        for name, stage in stages:
-            self.loader(recipe, stage, name)  # a mistake in the second should not cost the first
+        loaders = {  # of both stages now: a mistake in the second should not cost the first
+            name: self.loader(recipe, stage, name)
+            for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
+            if stage.steps
+        }
         if self.team.is_main_process:
             self.claim(recipe, folder, method)
         student, bridges = self.fresh_student(recipe)
-        for name, stage in stages:
-            self._train(folder / name, student, bridges, stage, recipe, method)
+        for name, loader in loaders.items():
+            self._train(folder / name, student, bridges, getattr(recipe, name), loader, recipe, method)
         if self.team.is_main_process:
             store.save(replace(self.teacher, denoiser=student), folder / "student")
         self.team.wait_for_everyone()
@@ -141,13 +141,13 @@ class Distiller:
         student: Denoiser,
         bridges: Bridges,
         stage: StageConfig,
+        loader: Loader,
         recipe: DistilRecipe,
         method: Method,
     ) -> None:
         if recipe.run.compile:  # not before: probes of one picture would be compiled too
             student.compile_blocks()
             self.teacher.denoiser.compile_blocks()
-        loader = self.loader(recipe, stage, folder.name)
         kept = self._kept_steps(recipe, stage, loader.seed)
         train(
             folder,
