@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from refine_control.compare import plots
 from refine_control.compare.plan import TEACHER, CompareRecipe, base_recipe, load, runs
 from refine_control.compare.runs import Workshop
 from refine_control.compare.statistics import over_seeds
-from refine_control.compare.tables import HEADINGS
+from refine_control.compare.tables import HEADINGS, cell
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, evaluate_model
 from refine_control.evaluate.metrics import sign
@@ -30,7 +30,7 @@ from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
 
-STEPS = (2, 4, 6, 10, 20, 50)
+STEPS = (1, 2, 4, 10, 20)
 ROWS = ("scratch", "output-kd", "refine-control")
 SEEDS = 3
 EMBEDDED = "zoo:emoji-student"
@@ -92,15 +92,10 @@ def markdown(lines: Lines, sentence: str) -> str:
         parts.append("|---|" + "---:|" * (len(metrics) + 2))
         for name, by_steps in lines.items():
             for count, one in by_steps.items():
-                cells = [_cell(one, domain, metric) for metric in metrics]
+                cells = [cell(*(one[kind][domain][m]["hole"] for kind in KINDS)) for m in metrics]
                 parts.append(f"| {name} | {count} | {' | '.join(cells)} | {one['models']} |")
         parts.append("")
     return "\n".join(parts)
-
-
-def _cell(one: Mapping[str, Any], domain: str, metric: str) -> str:
-    mean, spread = (one[kind][domain][metric]["hole"] for kind in KINDS)
-    return f"{mean:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def _domains(lines: Lines) -> list[str]:

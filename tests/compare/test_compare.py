@@ -81,6 +81,8 @@ def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None
     assert {"psnr", "ssim"} <= set(one["domains"]["labelled"]["per_image"])
     text = (results / "table.md").read_text()
     assert "±" in text
+    sample = one["recipe"]["sample"]
+    assert f"{sample['num_inference_steps']} sampler step(s), guidance {sample['guidance_scale']:g};" in text
     assert "| telea | unlabelled |" in text
     assert set(json.loads((results / "speed.json").read_text())["step_ms"]) == {"scratch", "refine-control"}
 

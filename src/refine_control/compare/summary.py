@@ -115,12 +115,14 @@ def _figures(row: Row, results: Results) -> dict[str, Any]:
 
 
 def _provenance(plan: CompareRecipe, results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
-    """What made the scores: extractors, machines and commits of all runs, seeds."""
+    """What made the scores: extractors, samplers (steps, guidance), machines and commits of all runs, seeds."""
     every = [result for some in results.values() for result in some.values()]
     scored = next(iter(every[0]["domains"].values()))["provenance"]
+    samples = [result["recipe"]["sample"] for result in every]
     machines = {(m["platform"], m["cores"], m["gpu"] or "no GPU", m["torch"]) for m in (r["machine"] for r in every)}
     return {
         "extractors": scored,
+        "samplers": sorted({(sample["num_inference_steps"], sample["guidance_scale"]) for sample in samples}),
         "machines": sorted(map(list, machines)),
         "commits": sorted({result["commit"] for result in every}),
         "seeds": {name: sorted(some) for name, some in results.items()},

@@ -42,9 +42,11 @@ def markdown(
 def _how(provenance: Mapping[str, Any]) -> list[str]:
     extractor = provenance["extractors"][0]
     machines = "; ".join(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
+    samplers = " or ".join(f"{steps} sampler step(s), guidance {scale:g}" for steps, scale in provenance["samplers"])
     return [
-        f"Mean ± standard deviation over training seeds; {extractor['n']} held-out pictures a domain; features of "
-        f"{extractor['extractor']}; {machines}; code at {', '.join(provenance['commits']) or 'no commit'}.",
+        f"Mean ± standard deviation over training seeds; {samplers}; {extractor['n']} held-out pictures a "
+        f"domain; features of {extractor['extractor']}; {machines}; "
+        f"code at {', '.join(provenance['commits']) or 'no commit'}.",
     ]
 
 
@@ -58,10 +60,14 @@ def _scores(rows: Sequence[Row], domain: str, results: Mapping[str, Results]) ->
     for row in rows:
         cells = []
         for m in metrics:
-            score, spread = row.scores[domain][m]["hole"], row.spread[domain][m]["hole"]
-            cells.append(f"{score:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+            cells.append(cell(row.scores[domain][m]["hole"], row.spread[domain][m]["hole"]))
         lines.append(f"| {row.label} | {' | '.join(cells)} | {len(results[row.name])} |")
     return lines
+
+
+def cell(mean: float, spread: float | None) -> str:
+    """A score over seeds; without a spread where there is one seed."""
+    return f"{mean:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
 def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
