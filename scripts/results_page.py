@@ -6,7 +6,6 @@ python scripts/results_page.py
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ COMPARISONS = (
     "compare-schedule",
 )
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
-CONTROLS = (
-    "refine-control compare recipes/demo.yaml --output_dir runs/controls --seeds 0,1,2 "
-    "--rows scratch,teacher-weights,stage1-continued,plain-rows-without-task,refine-control"
-)
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -35,74 +30,24 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def table(rows: dict[str, dict[str, Any]], spread: dict[str, Any] | None = None) -> list[str]:
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """rows: name -> {metric: {"whole", "hole"}}."""
     metrics = [m for m, v in next(iter(rows.values())).items() if isinstance(v, dict) and "hole" in v]
     arrows = {m: "↑" if sign(m) > 0 else "↓" for m in metrics}
     lines = ["| | " + " | ".join(f"{m} {arrows[m]} whole / hole" for m in metrics) + " |"]
     lines.append("|---|" + "---|" * len(metrics))
     for name, scores in rows.items():
-        cells = []
-        for m in metrics:
-            parts = []
-            for region in ("whole", "hole"):
-                deviation = ((spread or {}).get(name) or {}).get(m, {}).get(region)
-                parts.append(f"{scores[m][region]:.4g}" + (f" ± {deviation:.2g}" if deviation else ""))
-            cells.append(" / ".join(parts))
+        cells = [" / ".join(f"{scores[m][region]:.4g}" for region in ("whole", "hole")) for m in metrics]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
-def by_domain(rows: dict[str, dict[str, Any]], heading: str = "{}:") -> list[str]:
+def by_domain(rows: dict[str, dict[str, Any]]) -> list[str]:
     """rows: name -> domain -> {metric: {"whole", "hole"}}; one table for each domain below its heading."""
     lines = []
     for domain in next(iter(rows.values())):
-        lines += [heading.format(domain), "", *table({name: domains[domain] for name, domains in rows.items()})]
+        lines += [f"{domain}:", "", *table({name: domains[domain] for name, domains in rows.items()})]
     return lines
-
-
-def duels(runs: dict[str, Any], rivals: list[str]) -> list[str]:
-    """refine-control minus each control in the hole, seed by seed."""
-    ours = runs["refine-control"]
-    lines = ["Refine-Control minus each control in the hole, seed by seed: mean ± standard deviation (seeds won).", ""]
-    metrics = list(next(iter(ours.values()))["labelled"])
-    lines += ["| against | domain | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
-    for rival in rivals:
-        for domain in next(iter(ours.values())):
-            cells = []
-            for m in metrics:
-                gains = [ours[s][domain][m]["hole"] - runs[rival][s][domain][m]["hole"] for s in ours]
-                won = sum((gain > 0) == (sign(m) > 0) for gain in gains)
-                cells.append(f"{statistics.mean(gains):+.3g} ± {statistics.stdev(gains):.2g} ({won}/{len(gains)})")
-            lines.append(f"| {rival} | {domain} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def comparison(title: str, command: str, scores: dict[str, Any], note: str = "") -> list[str]:
-    rows = {k: v for k, v in scores.items() if isinstance(v, dict) and "psnr" in v}
-    seeds, extractor = scores["seeds"], scores["extractor"][0]
-    lines = [f"## {title}", "", f"`{command}`" + (f" ({note})" if note else ""), ""]
-    how = "mean ± standard deviation" if len(seeds) > 1 else "no spread"
-    lines.append(
-        f"{len(seeds)} training seed(s) ({', '.join(map(str, seeds))}), {how}; {extractor['n']} held-out pictures; "
-        f"{scores['machine']['cores']} cores, torch {scores['machine']['torch']}."
-    )
-    lines += ["", "Held-out concepts of the labelled domain:", ""]
-    lines += table(rows, {name: s["labelled"] for name, s in scores["spread"].items()})
-    other = {name: s for name, s in scores["other_domain"].items() if s}
-    if other:
-        lines += ["Held-out pictures of the unlabelled domain:", ""]
-        lines += table(other, {name: s.get("unlabelled") for name, s in scores["spread"].items()})
-    if len(seeds) > 1 and "refine-control" in scores["runs"]:
-        lines += duels(scores["runs"], [name for name in rows if name not in ("teacher", "refine-control")])
-    minutes = {name: statistics.median(seconds) / 60 for name, seconds in scores["wall_seconds"].items()}
-    lines += ["| | parameters | MACs | ms a forward | minutes of training (median) |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {n} | {r['params']:,} | {r['macs']:,} | {r['latency_ms']:.1f} | "
-        + (f"{minutes[n]:.1f} |" if n in minutes else "|")
-        for n, r in rows.items()
-    ]
-    return [*lines, ""]
 
 
 def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> list[str]:
@@ -198,8 +143,6 @@ def main() -> None:
     lines += bias()
     lines += sampler_steps()
     lines += compared("demo", ["make demo"])
-    if controls := read("controls/scores.json"):
-        lines += comparison("Controls", CONTROLS, controls, "as it was before recipes/compare-emoji.yaml replaced it")
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
     if full := read("edge-full-size/bench.json"):
