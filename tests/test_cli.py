@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from published import write_configs
 from refine_control.cli import main
 from refine_control.command import parser
 from refine_control.diffusion import store
+from refine_control.recipe import SampleConfig
 
 TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task": 1, "output": 1, "feature": 0.5}}
 
@@ -123,6 +125,11 @@ def test_generate_fills_the_hole_and_keeps_the_rest(workplace: Path, tmp_path: P
     filled = np.asarray(Image.open(tmp_path / "filled.png"))
     assert (filled[mask == 0] == 200).all()
     assert (filled[mask > 0] != 200).any()
+    argv[argv.index("--num_inference_steps") : argv.index("--out")] = []
+    store.save(replace(tiny.tiny_model(), usual=SampleConfig(num_inference_steps=2)), tmp_path / "of-two-steps")
+    argv[2] = str(tmp_path / "of-two-steps")
+    assert main(argv) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "filled.png")), filled)
 
 
 def test_data_prepare_then_check(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ MUST_HAVE: dict[str, Any] = {  # a type, such a dict, or in a list what each val
         "steps_offset": int,
         "clip_sample_range": float | int | None,
     },
+    "defaults": {"num_inference_steps": int, "guidance_scale": float},
     "text": {"tokenizers": [str], "pad_ids": [int], "max_length": int, "empty_is_zeros": bool},
 }
 Arrays = dict[str, np.ndarray]

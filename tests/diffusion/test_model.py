@@ -1,5 +1,6 @@
 """A model survives its own folder, stock diffusers runs that folder, and a wrong folder is named in one line."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from refine_control.diffusion.build import build_autoencoder, build_text_encoder, build_tokenizer
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.store import load, resolve, save
+from refine_control.diffusion.store import USUAL_KEY, load, resolve, save
 from refine_control.diffusion.text import Text
 from refine_control.errors import ModelError
+from refine_control.recipe import SampleConfig
 from tiny import AUTOENCODER, TEXT, WORDS, batch, plan, tiny_denoiser, tiny_model
 
 WEIGHTS = {
@@ -98,6 +100,14 @@ def test_a_failing_save_leaves_the_older_model(model: Model, tmp_path: Path, mon
             save(tiny_model(seed=1), folder)
     for before, after in zip(outputs(model), outputs(load(str(folder))), strict=True):
         assert torch.equal(before, after)
+
+
+def test_a_model_says_how_it_is_drawn(model: Model, folder: Path, tmp_path: Path) -> None:
+    save(replace(model, usual=SampleConfig(num_inference_steps=3, guidance_scale=1.5, seed=7)), tmp_path / "three")
+    assert load(str(tmp_path / "three")).usual == SampleConfig(num_inference_steps=3, guidance_scale=1.5)
+    index = json.loads((folder / "model_index.json").read_text()) | {USUAL_KEY: {"num_inference_steps": 0}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "num_inference_steps' = 0" in refused(folder)
 
 
 def noise_of(model: Model) -> dict:

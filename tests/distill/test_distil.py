@@ -62,6 +62,7 @@ def test_the_student_is_a_stock_pipeline_with_its_teachers_ears_and_eyes(finishe
         for key, value in theirs.state_dict().items():
             assert torch.equal(ours.state_dict()[key], value), key
     assert student.scheduler["prediction_type"] == teacher.scheduler["prediction_type"]
+    assert student.usual.num_inference_steps == recipe.sample.num_inference_steps
     drawn = student.pipeline()("a red cat", image=-torch.ones(1, 3, 16, 16), num_inference_steps=2, output_type="pt")
     assert drawn.images.shape == (1, 3, 16, 16)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from refine_control.diffusion import store
 from refine_control.export import onnx
 from refine_control.export.export import export_model
 from refine_control.export.graph import Graph
+from refine_control.recipe import SampleConfig
 from refine_control.runtime import FORMAT, MANIFEST, MUST_HAVE
 from tiny import least, tiny_model, write_folder
 
@@ -37,7 +39,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    store.save(tiny_model(), folder)
+    store.save(replace(tiny_model(), usual=SampleConfig(num_inference_steps=5)), folder)
     return folder
 
 

@@ -46,7 +46,9 @@ def test_a_seed_draws_what_torch_draws(
 
 @pytest.mark.parametrize(("to", "precision"), KINDS)
 def test_every_graph_is_near_torch_and_the_manifest_says_how_near(exported: Exported, to: str, precision: str) -> None:
-    errors = {k: v for k, v in student_in(exported(to, precision)).manifest["parity"].items() if k != "what"}
+    manifest = student_in(exported(to, precision)).manifest
+    assert manifest["defaults"] == {"num_inference_steps": 5, "guidance_scale": 2}
+    errors = {k: v for k, v in manifest["parity"].items() if k != "what"}
     assert set(errors) == {"text_encoder", "condition", "denoiser", "vae_encoder", "vae_decoder"}
     assert 0 < max(errors.values()) < (1e-4 if precision == "fp32" else 2e-2)
 

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -108,6 +109,28 @@ def test_a_place_that_cannot_be_written_is_refused_first(
     given = {"--image": "none.png", "--mask": "none.png", "--model": "none", "--out": str(tmp_path / out)}
     assert run.main([word for pair in given.items() for word in pair]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_what_is_not_said_is_as_the_model_asks(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Student:
+        side = SIDE
+        manifest: ClassVar = {"defaults": {"num_inference_steps": 3, "guidance_scale": 1.5}}
+
+        def __init__(self, folder: Path) -> None: ...
+
+        def fill(self, picture: np.ndarray, hole: np.ndarray, prompt: str, *how: float) -> np.ndarray:
+            asked.append(how)
+            return picture
+
+    monkeypatch.setattr(run, "Student", Student)
+    picture, out = str(white(tmp_path / "white.png", (SIDE, SIDE))), str(tmp_path / "filled.png")
+    argv = ["--image", picture, "--mask", picture, "--out", out]
+    assert run.main(argv) == run.main([*argv, "--num_inference_steps", "7", "--guidance_scale", "1"]) == 0
+    assert asked == [(3, 1.5, 0), (7, 1, 0)]
 
 
 def test_where_filled_pictures_go_by_themselves_can_be_written(run: ModuleType, tmp_path: Path) -> None:

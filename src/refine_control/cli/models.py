@@ -22,8 +22,8 @@ from refine_control.errors import UserError, printable
         flag("--prompt", default="", help="what to fill in"),
         flag("--out", type=Path, default=Path("filled.png"), help="the picture that is written"),
         flag("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey"),
-        flag("--num_inference_steps", default="10", help="of the sampler, DDIM"),
-        flag("--guidance_scale", default="2.0", help="1 asks the model once a step, more asks it twice"),
+        flag("--num_inference_steps", help="of the sampler, DDIM; without, as the model asks"),
+        flag("--guidance_scale", help="likewise; 1 asks the model once a step, more asks it twice"),
         flag("--seed", default="0", help="of the noise"),
         flag("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
     ],
@@ -33,8 +33,9 @@ def _generate(args: argparse.Namespace) -> None:
     from refine_control.diffusion.generate import generate
     from refine_control.distill.processes import pick_device
 
-    flags = {name: plain(getattr(args, name)) for name in ("num_inference_steps", "guidance_scale", "seed")}
-    config = recipe.validate(recipe.SampleConfig, flags, "command line")
+    flags = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    given = {name: plain(value) for name, value in flags.items() if value is not None}
+    config = recipe.validate(recipe.SampleConfig, given, "command line")
     kinds = recipe.validate(recipe.DataConfig, {"controls": args.controls.split(",")}, "command line").controls
     device = str(pick_device(args.device))
     side = generate(args.model, args.image, args.mask, args.prompt, args.out, config, device, kinds, args.controlnet)

@@ -31,7 +31,7 @@ def generate(
     """Fills the white part of `mask` in `image` and writes a PNG at the model's resolution. Known pixels stay.
 
     A picture of another size is brought to it; of one that is not square, the square in its middle is kept. Returns
-    that resolution.
+    that resolution. What `config` leaves unset is as the model asks, see `Model.usual`.
 
     Raises:
         DataError: picture and mask cannot be read or differ in size, the mask is empty, the prompt is no Unicode, or
@@ -51,6 +51,7 @@ def generate(
         raise DataError(f"'{mask}' has no white at {side}x{side}, the model's resolution; nothing is to be filled")
     example = Example(image.name, fit_square(picture, side), prompt, hole)
     batch = make_batch([example], {}, config.seed, [True], [0], controls=controls)
+    config = loaded.usual.model_copy(update=config.model_dump(exclude_unset=True))
     _, filled = fill(loaded, batch, config, [config.seed])
     pixels = ((filled[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.text import Text, embed_sd, embed_xl
 from refine_control.errors import ModelError
+from refine_control.recipe import SampleConfig
 
 REPEATED = {"ResnetBlock2D", "BasicTransformerBlock"}
 
@@ -167,6 +168,7 @@ class Model:
     scheduler: a diffusers scheduler config. text_encoder_2, tokenizer_2: SDXL only.
     empty_is_zeros: the empty caption is all zeros instead of the encoded ''. The empty caption always means "no
     caption": it is what dropped captions train on, what plain pictures carry and what guidance points away from.
+    usual: how it draws where nothing else is said; a student as its recipe sampled it.
     """
 
     denoiser: Denoiser
@@ -177,6 +179,7 @@ class Model:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
     empty_is_zeros: bool = False
+    usual: SampleConfig = field(default_factory=SampleConfig)
 
     @property
     def device(self) -> torch.device:

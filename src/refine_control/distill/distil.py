@@ -88,7 +88,7 @@ class Distiller:
         for name, loader in loaders.items():
             self._train(folder / name, student, bridges, getattr(recipe, name), loader, recipe, method)
         if self.team.is_main_process:
-            store.save(replace(self.teacher, denoiser=student), folder / "student")
+            store.save(replace(self.teacher, denoiser=student, usual=recipe.sample), folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
 

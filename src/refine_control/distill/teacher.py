@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
-    store.save(model, folder / "model", torch.float16)
+    store.save(replace(model, usual=recipe.sample), folder / "model", torch.float16)
     return folder / "model"
 
 

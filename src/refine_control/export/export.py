@@ -22,7 +22,6 @@ from refine_control.export import onnx, openvino, parity, web
 from refine_control.export.graph import Graph, graphs_of
 from refine_control.export.onnx import Feed, write_fp32
 from refine_control.files import put_in_place, write_whole
-from refine_control.recipe import SampleConfig
 from refine_control.student.plan import cost
 
 Target = Literal["onnx", "openvino", "web"]
@@ -74,7 +73,6 @@ def export_model(
         ModelError: a part of the model cannot be exported; it is named. DataError: int8, and `data` cannot be read.
         UserError: `out` holds other files, or the title has other characters than letters, digits, '.', '_', '-'.
     """
-    sample = SampleConfig()
     if title is None:
         title = name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", title):
@@ -87,13 +85,13 @@ def export_model(
     try:
         int8 = Int8.open(data or DATA, calibration_images, images, model.resolution) if precision == "int8" else None
         graphs = graphs_of(model)
-        manifest = _describe(model, title, to, precision, sample)
+        manifest = _describe(model, title, to, precision)
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
             whole = Path(scratch) / "fp32"
             _write_fp32(graphs, model, whole, manifest)
             aside = Path(scratch) / "written"
-            manifest = _write(graphs, model, whole, aside, manifest, int8, sample)
+            manifest = _write(graphs, model, whole, aside, manifest, int8)
             if to != "web":
                 for script in RUNNER:
                     shutil.copyfile(script, aside / script.name)
@@ -120,12 +118,11 @@ def _write(
     folder: Path,
     manifest: dict[str, Any],
     int8: Int8 | None,
-    sample: SampleConfig,
 ) -> dict[str, Any]:
     folder.mkdir()
     precision, suffix = manifest["precision"], ".xml" if manifest["backend"] == "openvino" else ".onnx"
     exact = runtime.Student(whole)
-    feeds: dict[str, list[Feed]] = parity.calibration_feeds(exact, int8.calibration, sample) if int8 else {}
+    feeds: dict[str, list[Feed]] = parity.calibration_feeds(exact, int8.calibration, model.usual) if int8 else {}
     kept = {name: precision if name in QUANTIZED or precision != "int8" else "fp16" for name in graphs}
     for name in tqdm(graphs, desc=precision, unit="graph"):
         try:
@@ -142,7 +139,7 @@ def _write(
             raise ModelError(f"its {name} in {kept[name]} differs from torch by {off:.1e}, more than {bound:.0e}")
     if int8 and int8.scored:
         reference = parity.reference_of(int8.scored)
-        before, after = (reference.score(parity.draw(s, int8.scored, sample)) for s in (exact, student))
+        before, after = (reference.score(parity.draw(s, int8.scored, model.usual)) for s in (exact, student))
         manifest["quality"] = {
             "data": int8.data,
             "provenance": after["provenance"],
@@ -164,7 +161,7 @@ def _writer(suffix: str, precision: str, feeds: list[Feed]) -> Callable[[Path, P
     return onnx.halve if precision == "fp16" else onnx.copy
 
 
-def _describe(model: Model, title: str, to: Target, precision: Precision, sample: SampleConfig) -> dict[str, Any]:
+def _describe(model: Model, title: str, to: Target, precision: Precision) -> dict[str, Any]:
     """The manifest, but for the files."""
     scheduler = sampler(model.scheduler)
     if scheduler.config.thresholding:
@@ -196,7 +193,7 @@ def _describe(model: Model, title: str, to: Target, precision: Precision, sample
             "max_length": model.tokenizer.model_max_length,
             "empty_is_zeros": model.empty_is_zeros,
         },
-        "defaults": sample.model_dump(include={"num_inference_steps", "guidance_scale"}),
+        "defaults": model.usual.model_dump(include={"num_inference_steps", "guidance_scale"}),
     }
 
 

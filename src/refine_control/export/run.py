@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mask", type=Path, required=True, help="white where to fill")
     parser.add_argument("--prompt", default="", help="what to fill in")
     parser.add_argument("--out", type=Path, default=Path("filled.png"))
-    parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 asks the model once a step, more twice")
+    parser.add_argument("--num_inference_steps", type=int, help="of the sampler; without, as the model asks")
+    parser.add_argument("--guidance_scale", type=float, help="likewise; 1 asks the model once a step, more twice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the exported folder")
     args = parser.parse_args(argv)
@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         student = Student(args.model)
         picture, hole = read_pair(args.image, args.mask, student.side)
         prompt = args.prompt.encode(errors="replace").decode()
-        filled = student.fill(picture, hole, prompt, args.num_inference_steps, args.guidance_scale, args.seed)
+        usual = student.manifest["defaults"]
+        given = {key: getattr(args, key) for key in ("num_inference_steps", "guidance_scale")}
+        steps, guidance = (usual[key] if value is None else value for key, value in given.items())
+        filled = student.fill(picture, hole, prompt, steps, guidance, args.seed)
         Image.fromarray(filled).save(args.out)
     except (ExportError, OSError, ValueError) as error:
         print(f"run.py: {error}", file=sys.stderr)
