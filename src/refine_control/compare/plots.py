@@ -21,7 +21,7 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     shown = {row.name: (row, x) for row in rows if (x := costs[row.name])}
     domains = list(dict.fromkeys(domain for row, _ in shown.values() for domain in row.scores))
@@ -41,6 +41,7 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
             axes[i, j].tick_params(labelsize=7)
             if cost == "macs":
                 axes[i, j].set_xscale("log")
+                axes[i, j].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes[i, j].xaxis.set_major_formatter(ScalarFormatter())
                 axes[i, j].xaxis.set_minor_formatter(NullFormatter())
             if i == len(domains) - 1:
