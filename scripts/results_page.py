@@ -126,16 +126,30 @@ def full_size(measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def on_what(scores: dict[str, Any]) -> str:
+    """scores: what `evaluate` wrote."""
+    count, sample = scores["provenance"][0]["n"], scores["sample"]
+    return (
+        f"On {count} held-out pictures of each domain; {sample['num_inference_steps']} sampler steps, "
+        f"guidance {sample['guidance_scale']:g}."
+    )
+
+
 def main() -> None:
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
     if gate := read("teacher-gate/scores.json"):
         lines += ["## The embedded teacher against classical inpainting", ""]
-        lines += ["`refine-control evaluate MODEL --baselines`", ""]
+        lines += ["`refine-control evaluate zoo:emoji-teacher --baselines`", "", on_what(gate), ""]
         rows = {Path(k).name if "/" in k else k: v["domains"] for k, v in gate.items() if "domains" in v}
         lines += by_domain(rows)
     if student := read("emoji-student/scores.json"):
         lines += ["## The embedded student beside its teacher", ""]
-        lines += ["`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`", "", "One seed, no spread.", ""]
+        lines += [
+            "`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`",
+            "",
+            f"One seed, no spread. {on_what(student)}",
+            "",
+        ]
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
         lines += by_domain(rows)
     for name in COMPARISONS:

@@ -1,9 +1,10 @@
 """Puts a trained model into the zoo with its card: fp16 safetensors, scores, the gate's verdicts, how to make it again.
 
     refine-control evaluate runs/emoji-teacher/model --baselines --output_dir results/teacher-gate
-    python scripts/ship_model.py emoji-teacher runs/emoji-teacher results/teacher-gate/scores.json
+    python scripts/ship_model.py emoji-teacher results/teacher-gate/scores.json runs/emoji-teacher
 
-The card's numbers are read from the run's losses.jsonl and from scores.json; nothing is typed in.
+Without the run, the scores on the card are written anew and the model stays. The card's numbers are read from the run's
+losses.jsonl and from scores.json; nothing is typed in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import yaml
 from refine_control.diffusion.store import ZOO, load, save
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.saved import BASELINES
-from results_page import by_domain
+from refine_control.student.plan import cost
+from results_page import by_domain, on_what
 
 HEADER = """---
 license: apache-2.0
@@ -56,7 +58,7 @@ def training_line(run: Path, batch_sizes: dict[str, int]) -> str:
 def score_table(scores: dict[str, Any]) -> list[str]:
     rows = {name: entry["domains"] for name, entry in scores.items() if "domains" in entry}
     rows = {Path(name).name if "/" in name else name: domains for name, domains in rows.items()}
-    return by_domain(rows, "### {}")
+    return by_domain(rows)
 
 
 def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
@@ -80,45 +82,61 @@ def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--note", default="", help="a sentence for the card")
-    args = parser.parse_args()
-    recipe = yaml.safe_load((args.run / "recipe.yaml").read_text(encoding="utf-8"))
+def scores_on_card(name: str, scores: dict[str, Any], folder: str, is_teacher: bool) -> str:
+    """folder: under whose name, or as zoo:NAME, the model is in scores."""
+    entry = next(scores[key] for key in (folder, f"zoo:{name}") if key in scores)
+    lines = ["## Scores", "", on_what(scores), "", *score_table(scores), *(gate(entry, scores) if is_teacher else [])]
+    return "\n".join(lines) + "\n"
+
+
+def ship(name: str, scores: dict[str, Any], run: Path, note: str) -> None:
+    """Replaces the model of this name in the zoo."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     is_teacher = "denoiser" in recipe
-    folder = args.run / ("model" if is_teacher else "student")
-    scores = json.loads(args.scores.read_text(encoding="utf-8"))
-    entry = next(scores[k] for k in (str(folder), f"zoo:{args.name}") if k in scores)
-    target = ZOO / args.name
-    aside = ZOO / f".{args.name}.part"
+    folder = run / ("model" if is_teacher else "student")
+    target, aside = ZOO / name, ZOO / f".{name}.part"
     shutil.rmtree(aside, ignore_errors=True)
-    save(load(str(folder)), aside, torch.float16)
+    model = load(str(folder))
+    save(model, aside, torch.float16)
     stages = ("autoencoder", "denoiser") if is_teacher else ("stage1", "stage2")
     sizes = {s: recipe.get(f"{s}_stage", recipe.get(s))["batch_size"] for s in stages}
-    command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{args.name}.yaml"
-    machine = scores["machine"]
+    command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{name}.yaml"
+    machine, counted = scores["machine"], cost(model.denoiser, model)
     card = HEADER.format(
-        name=args.name,
-        what=f"{entry['params']:,} parameters in foundation and module, {entry['macs']:,} MACs a forward.",
+        name=name,
+        what=f"{counted.parameters:,} parameters in foundation and module, {counted.macs:,} MACs a forward.",
         resolution=recipe["data"]["resolution"],
         command=f"refine-control {command}",
-        training=training_line(args.run, sizes),
+        training=training_line(run, sizes),
         seed=recipe["seed"],
         machine=f"{machine['cores']} CPU cores" + (f", {machine['gpu']}" if machine["gpu"] else ""),
     )
     if recipe.get("init_from"):
         card += "The times are those of the last run, which went on from other weights. "
         card += "From nothing the recipe was not run in this form.\n"
-    lines = [args.note, "", "## Scores", "", f"On {scores['provenance'][0]['n']} held-out pictures of each domain.", ""]
-    lines += score_table(scores)
-    lines += gate(entry, scores) if is_teacher else []
-    (aside / "README.md").write_text(card + "\n".join(lines) + "\n", encoding="utf-8")
-    shutil.copyfile(args.run / "recipe.yaml", aside / "recipe.yaml")
+    card += f"{note}\n\n" + scores_on_card(name, scores, str(folder), is_teacher)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    shutil.copyfile(run / "recipe.yaml", aside / "recipe.yaml")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--note", default="", help="a sentence for the card")
+    args = parser.parse_args()
+    scores = json.loads(args.scores.read_text(encoding="utf-8"))
+    target = ZOO / args.name
+    if args.run:
+        ship(args.name, scores, args.run, args.note)
+    else:
+        is_teacher = "denoiser" in yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
+        card = (target / "README.md").read_text(encoding="utf-8").partition("## Scores")[0]
+        card += scores_on_card(args.name, scores, "", is_teacher)
+        (target / "README.md").write_text(card, encoding="utf-8")
     print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*')) / 1e6:.1f} MB")
 
 

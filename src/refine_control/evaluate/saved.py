@@ -59,6 +59,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         table[name] = {"domains": scores}
         rows.append(Row(name, name, scores, None, None, None, None, None, filled))
     table["provenance"] = [reference.provenance() for reference in domains["labelled"].references]
+    table["sample"] = recipe.sample.model_dump()
     table["machine"] = machine()
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
