@@ -65,10 +65,11 @@ def measure(address: str, turns: int) -> dict:
                 if turn:
                     taken[name].append((milliseconds(*found.groups()[:2]), milliseconds(*found.groups()[2:])))
                 runs_on[name] = page.inner_text("#runs")
-        version = browser.version
+        version, steps = browser.version, int(page.input_value("#steps"))
         browser.close()
     return {
         "browser": f"Chromium {version}",
+        "steps": steps,
         "models": {
             name: {
                 "picture_ms": quartiles(np.array([total for total, _ in times])),

@@ -163,7 +163,7 @@ def main() -> None:
         lines += full_size(full)
     if page := read("benchmark-page.json"):
         lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]
-        lines += ["| | a picture, 10 steps (ms) | a step (ms) | |", "|---|---|---|---|"]
+        lines += [f"| | a picture, {page['steps']} steps (ms) | a step (ms) | |", "|---|---|---|---|"]
         for name, taken in page["models"].items():
             cells = [
                 f"{t['median']:.0f} ({t['low']:.0f}-{t['high']:.0f})" for t in (taken["picture_ms"], taken["step_ms"])

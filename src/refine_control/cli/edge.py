@@ -53,7 +53,7 @@ def _export(args: argparse.Namespace) -> None:
 @command(
     "bench",
     "Measure exported models and pipelines side by side: time, memory, size, MACs, and what they draw.",
-    ["zoo:emoji-teacher zoo:emoji-student student-onnx student-openvino --num_inference_steps 10,50"],
+    ["zoo:emoji-teacher zoo:emoji-student student-onnx student-openvino --num_inference_steps 2,10"],
     [
         flag("models", nargs="+", metavar="MODEL", help="a folder that export wrote, a saved pipeline's, or zoo:NAME"),
         flag("--num_inference_steps", default="10", help="of the sampler; several with commas between"),
