@@ -78,6 +78,7 @@ def test_distilled_student_loads_in_stock_diffusers(workplace: Path, tmp_path: P
     assert picture.shape == (1, tiny.SIDE, tiny.SIDE, 3)
 
 
+@pytest.mark.slow
 def test_compare_scores_every_row_and_runs_again_from_what_is_there(workplace: Path, tmp_path: Path) -> None:
     argv = ["compare", str(workplace / "compare.yaml"), "--rows", "scratch,refine-control", "--seeds", "0,1"]
     argv += ["--output_dir", str(tmp_path)]

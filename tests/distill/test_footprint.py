@@ -60,6 +60,7 @@ def test_weights_and_arithmetic_follow_from_the_counts(recipe: DistilRecipe) -> 
     assert f"{f.memory / 1e9:.1f} GB" in footprint_table(f)
 
 
+@pytest.mark.slow
 def test_what_saves_memory_saves_it(recipe: DistilRecipe) -> None:
     whole = varied(recipe).activations
     assert varied(recipe, gradient_accumulation_steps=2).activations < 0.7 * whole
