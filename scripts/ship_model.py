@@ -21,7 +21,6 @@ import yaml
 from refine_control.diffusion.store import ZOO, load, save
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.saved import BASELINES
-from refine_control.student.plan import cost
 from results_page import by_domain, on_what
 
 HEADER = """---
@@ -82,9 +81,12 @@ def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def scores_on_card(name: str, scores: dict[str, Any], folder: str, is_teacher: bool) -> str:
-    """folder: under whose name, or as zoo:NAME, the model is in scores."""
-    entry = next(scores[key] for key in (folder, f"zoo:{name}") if key in scores)
+def entry_of(scores: dict[str, Any], name: str, run: Path) -> dict[str, Any]:
+    """The scores of the model of this name, which `evaluate` was given as zoo:NAME or in the run's folder."""
+    return next(scores[key] for key in (str(run / "model"), str(run / "student"), f"zoo:{name}") if key in scores)
+
+
+def scores_on_card(scores: dict[str, Any], entry: dict[str, Any], is_teacher: bool) -> str:
     lines = ["## Scores", "", on_what(scores), "", *score_table(scores), *(gate(entry, scores) if is_teacher else [])]
     return "\n".join(lines) + "\n"
 
@@ -96,15 +98,14 @@ def ship(name: str, scores: dict[str, Any], run: Path, note: str) -> None:
     folder = run / ("model" if is_teacher else "student")
     target, aside = ZOO / name, ZOO / f".{name}.part"
     shutil.rmtree(aside, ignore_errors=True)
-    model = load(str(folder))
-    save(model, aside, torch.float16)
+    save(load(str(folder)), aside, torch.float16)
     stages = ("autoencoder", "denoiser") if is_teacher else ("stage1", "stage2")
     sizes = {s: recipe.get(f"{s}_stage", recipe.get(s))["batch_size"] for s in stages}
     command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{name}.yaml"
-    machine, counted = scores["machine"], cost(model.denoiser, model)
+    machine, entry = scores["machine"], entry_of(scores, name, run)
     card = HEADER.format(
         name=name,
-        what=f"{counted.parameters:,} parameters in foundation and module, {counted.macs:,} MACs a forward.",
+        what=f"{entry['params']:,} parameters in foundation and module, {entry['macs']:,} MACs a forward.",
         resolution=recipe["data"]["resolution"],
         command=f"refine-control {command}",
         training=training_line(run, sizes),
@@ -114,7 +115,7 @@ def ship(name: str, scores: dict[str, Any], run: Path, note: str) -> None:
     if recipe.get("init_from"):
         card += "The times are those of the last run, which went on from other weights. "
         card += "From nothing the recipe was not run in this form.\n"
-    card += f"{note}\n\n" + scores_on_card(name, scores, str(folder), is_teacher)
+    card += f"{note}\n\n" + scores_on_card(scores, entry, is_teacher)
     (aside / "README.md").write_text(card, encoding="utf-8")
     shutil.copyfile(run / "recipe.yaml", aside / "recipe.yaml")
     shutil.rmtree(target, ignore_errors=True)
@@ -133,9 +134,10 @@ def main() -> None:
     if args.run:
         ship(args.name, scores, args.run, args.note)
     else:
-        is_teacher = "denoiser" in yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
         card = (target / "README.md").read_text(encoding="utf-8").partition("## Scores")[0]
-        card += scores_on_card(args.name, scores, "", is_teacher)
+        entry = entry_of(scores, args.name, Path(recipe["output_dir"]))
+        card += scores_on_card(scores, entry, "denoiser" in recipe)
         (target / "README.md").write_text(card, encoding="utf-8")
     print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*')) / 1e6:.1f} MB")
 

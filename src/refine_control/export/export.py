@@ -15,7 +15,7 @@ from tqdm import tqdm
 from refine_control import runtime
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
-from refine_control.diffusion.store import load
+from refine_control.diffusion.store import USUAL, load
 from refine_control.errors import ModelError, UserError
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.export import onnx, openvino, parity, web
@@ -193,7 +193,7 @@ def _describe(model: Model, title: str, to: Target, precision: Precision) -> dic
             "max_length": model.tokenizer.model_max_length,
             "empty_is_zeros": model.empty_is_zeros,
         },
-        "defaults": model.usual.model_dump(include={"num_inference_steps", "guidance_scale"}),
+        "defaults": model.usual.model_dump(include={*USUAL}),
     }
 
 
