@@ -206,6 +206,39 @@ def test_int8_is_smaller_and_says_what_it_costs(exported: Exported, to: str) -> 
     assert "loss" in summary(student.manifest)
 
 
+@pytest.mark.slow
+def test_of_openvinos_int8_the_ends_keep_their_precision(exported: Exported) -> None:
+    openvino = pytest.importorskip("openvino")
+    graph = openvino.Core().read_model(exported("openvino", "int8") / "denoiser.xml")
+    convolutions = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    weights = [node.input_value(1).get_node() for node in convolutions]
+    rounded = [each.get_type_name() == "Multiply" for each in weights]  # a scale times what is stored in int8
+    assert not rounded[-1]
+    assert rounded.count(False) == 3  # and the first of the foundation and of the module
+    assert {each.shape[1] for each, is_int8 in zip(weights[:-1], rounded, strict=False) if not is_int8} == {4}
+
+
+def test_without_a_number_calibration_has_as_many_pictures_as_make_its_calls(
+    tiny_folder: Path, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class StopError(Exception): ...
+
+    def opened(folder: str, split: str, images: int, resolution: int) -> None:
+        asked.append((split, images))
+        raise StopError
+
+    monkeypatch.setattr(parity, "open_heldout", opened)
+    steps = store.load(str(tiny_folder)).usual.num_inference_steps
+    for given in (None, 7):
+        with pytest.raises(StopError):
+            export_model(
+                str(tiny_folder), "onnx", "int8", tmp_path / "out", str(pictures), calibration_images=given, images=0
+            )
+    assert asked == [("train", math.ceil(240 / steps)), ("train", 7)]
+
+
 def test_the_summary_says_where_int8_costs_too_much() -> None:
     metrics = {"psnr": {"hole": 10.0}, "lpips[x]": {"hole": 0.5}}
     worse = {"psnr": {"hole": 9.9}, "lpips[x]": {"hole": 0.52}}

@@ -30,7 +30,10 @@ from refine_control.errors import UserError
         flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
         flag("--name", help="what the model is called there; by default the last part of MODEL"),
         flag("--data", help="for int8 to calibrate with and be scored on; the page's examples; data/emoji, without"),
-        flag("--calibration_images", default="24", help="of the split train, for int8"),
+        flag(
+            "--calibration_images",
+            help="of the split train, for int8; without, enough for 240 steps of the sampler",
+        ),
         flag("--images", default="192", help="of the split test, to see int8's effect on; 0 leaves it unmeasured"),
     ],
 )
@@ -38,7 +41,8 @@ def _export(args: argparse.Namespace) -> None:
     _need_engines()
     from refine_control.export.export import export_model, summary
 
-    calibration = whole_number(args.calibration_images, "--calibration_images", 1)
+    given = args.calibration_images
+    calibration = None if given is None else whole_number(given, "--calibration_images", 1)
     images = whole_number(args.images, "--images")
     manifest = export_model(
         args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name, calibration, images
