@@ -194,6 +194,7 @@ def test_what_another_process_is_at_is_left_to_it(base: Path, tmp_path: Path) ->
 def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path, tmp_path: Path) -> None:
     text = comparing.dry_run(plan_of(base, tmp_path), {})
     assert not list(tmp_path.rglob("run.json"))
+    assert not (tmp_path / "results").exists()  # where a table would be, which is of other times perhaps
     lines = {line.split()[0]: line.split() for line in text.splitlines()[1:] if not line.startswith(" ")}
     assert lines["scratch"][1:4] == ["0,1", "3", "+"]
     assert "0/2" in lines["scratch"]

@@ -44,10 +44,14 @@ def compare(
 
 
 def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
-    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here."""
+    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here.
+
+    What it measures for that it keeps in work_dir: output_dir stays as it is.
+    """
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = _planned(plan, overrides, shop)
-    times = measure_once(_speed_file(plan), _trained(todo, shop), shop)
+    planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
+    times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan))
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'minutes left':>13}"]
     total = 0.0
     for row in dict.fromkeys(run.row for run in todo):
