@@ -185,6 +185,14 @@ def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path: Path) -> None:
         FolderDataset(tmp_path)
 
 
+def test_metadata_in_a_subfolder_is_not_passed_over(tmp_path: Path) -> None:
+    put(tmp_path / "train/a.png")
+    describe(tmp_path / "train", {"file_name": "a.png", "text": "a cat"})
+    with pytest.raises(DataError, match=r"train/metadata\.jsonl: not read below"):
+        FolderDataset(tmp_path)
+    assert FolderDataset(tmp_path / "train").text(0) == "a cat"
+
+
 def test_escaped_emoji_is_a_caption(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     describe(tmp_path, r'{"file_name": "a.png", "text": "a \ud83d\ude00"}')

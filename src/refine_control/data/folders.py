@@ -40,10 +40,10 @@ class FolderDataset:
     `conditioning_image_file_name`; the others are kept in `Example.extra`. A plain folder is searched recursively,
     hidden files and folders (a leading dot) left out. The key of an example is its image's path below the folder.
 
-    Raises DataError when opened: missing or empty folder, a picture of a kind that is not read, metadata that is no
-    file or larger than MOST_BYTES, a broken line of it, a path that is absolute, climbs out or leaves the folder
-    through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which raises DataError for a
-    broken one and for a mask or control of another size.
+    Raises DataError when opened: missing or empty folder, a picture of a kind that is not read, metadata that lies
+    deeper, is no file or is larger than MOST_BYTES, a broken line of it, a path that is absolute, climbs out or leaves
+    the folder through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which raises DataError
+    for a broken one and for a mask or control of another size.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
@@ -198,6 +198,8 @@ def _find_images(folder: Path, faults: list[str]) -> list[Path]:
         shown = [name for name in files if not name.startswith(".")]
         pictures = [name for name in shown if name.lower().endswith(SUFFIXES)]
         others = sorted(name for name in shown if name.lower().endswith(UNREAD))
+        if METADATA in shown:  # or captions would be lost, and masks taken for pictures
+            faults.append(f"{Path(parent) / METADATA}: not read below {folder}; give its own folder, or move it up")
         faults += [f"{Path(parent) / name}: not read; save it as PNG or JPEG, or remove it" for name in others]
         found += [Path(parent) / name for name in usable(parent, pictures)]
     return sorted(found, key=lambda path: _key(path, folder))
