@@ -1,4 +1,4 @@
-"""Writes docs/results.md from the JSON under results/: no number in it is typed by hand.
+"""Writes docs/results.md and README.md's table from the JSON under results/: no number in them is typed by hand.
 
 python scripts/results_page.py
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import sign
 from refine_control.export.bench import table as table_of_bench
 
@@ -22,6 +23,9 @@ COMPARISONS = (
     "compare-unlabelled",
     "compare-schedule",
 )
+SHORT = ("compare-headline", "compare-emoji")  # students of two sizes
+SHORT_ROWS = ("scratch", "output-kd", "refine-control")
+MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
 
@@ -126,6 +130,41 @@ def full_size(measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def in_short() -> list[str]:
+    """The labelled domain of the headline comparisons, some rows of each; and how many of their claims hold."""
+    measured = [one for name in SHORT if (one := read(f"{name}/scores.json"))]
+    if not measured:
+        return []
+    teacher = measured[0]["rows"]["teacher"]
+    metrics = list(teacher["mean"]["labelled"])
+    names = [f"{metric.partition('[')[0]} {'↑' if sign(metric) > 0 else '↓'}" for metric in metrics]
+    lines = [f"| | parameters | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(metrics)]
+    held = []
+    for one in measured:
+        smaller = teacher["params"] / one["rows"][SHORT_ROWS[0]]["params"]
+        for row in SHORT_ROWS if lines[2:] else ("teacher", *SHORT_ROWS):
+            entry = one["rows"][row]
+            cells = [cell(*(entry[kind]["labelled"][m]["hole"] for kind in ("mean", "spread"))) for m in metrics]
+            label = entry["label"] if row == "teacher" else f"{entry['label']}, {smaller:.1f}x smaller"
+            lines.append(f"| {label} | {entry['params'] / 1e6:.1f} M | {' | '.join(cells)} |")
+        claims = [claim["holds"] for claim in one["claims"]]
+        held.append(f"{sum(claims)} of {len(claims)} hold {smaller:.1f}x smaller")
+    count = measured[0]["extractors"][0]["n"]
+    said = (
+        f"Holes of {count} pictures of held-out concepts, 32 px; mean ± standard deviation over training seeds; "
+        "steps, pictures and noise are the same for every row. Of the claims that the proof is to show (above each "
+        f"rival of its table, near the teacher, in two domains) {', '.join(held)}."
+    )
+    return [*lines, "", said]
+
+
+def in_readme(text: str) -> str:
+    """README.md with its table written anew."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return "\n".join([before + MARKS[0], "", *in_short(), "", MARKS[1] + after])
+
+
 def on_what(scores: dict[str, Any]) -> str:
     """scores: what `evaluate` wrote."""
     count, sample = scores["provenance"][0]["n"], scores["sample"]
@@ -135,7 +174,8 @@ def on_what(scores: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def page() -> str:
+    """docs/results.md."""
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
     if gate := read("teacher-gate/scores.json"):
         lines += ["## The embedded teacher against classical inpainting", ""]
@@ -161,15 +201,15 @@ def main() -> None:
         lines += edge("On the edge", measured, "../results/bench/bench.png")
     if full := read("edge-full-size/bench.json"):
         lines += full_size(full)
-    if page := read("benchmark-page.json"):
+    if browser := read("benchmark-page.json"):
         lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]
-        lines += [f"| | a picture, {page['steps']} steps (ms) | a step (ms) | |", "|---|---|---|---|"]
-        for name, taken in page["models"].items():
+        lines += [f"| | a picture, {browser['steps']} steps (ms) | a step (ms) | |", "|---|---|---|---|"]
+        for name, taken in browser["models"].items():
             cells = [
                 f"{t['median']:.0f} ({t['low']:.0f}-{t['high']:.0f})" for t in (taken["picture_ms"], taken["step_ms"])
             ]
             lines.append(f"| {name} | {' | '.join(cells)} | {taken['runs_on']} |")
-        lines += ["", f"{page['browser']}, {page['turns']} turns, medians and quartiles, previews included.", ""]
+        lines += ["", f"{browser['browser']}, {browser['turns']} turns, medians and quartiles, previews included.", ""]
     if step := read("benchmark-step.json"):
         ratio = step["step_over_floor"]
         lines += ["## One distillation step against its floor", "", "`python benchmarks/step.py recipes/demo.yaml`", ""]
@@ -178,7 +218,13 @@ def main() -> None:
             f"{step['steps']} steps of {step['batch_size']}, {step['machine']['threads']} threads); "
             f"{100 * step['share_waiting_for_data']:.1f} % of the step waits for data."
         )
-    (ROOT / "docs" / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(in_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

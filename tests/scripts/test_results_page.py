@@ -1,0 +1,24 @@
+"""What is written of the results is what their JSON says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import results_page
+
+ROOT = Path(results_page.__file__).parent.parent
+
+
+def test_the_page_and_the_readme_are_of_the_results_that_are_there() -> None:
+    told = "run python scripts/results_page.py"
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == results_page.page(), told
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results_page.in_readme(readme) == readme, told
+
+
+def test_only_what_stands_between_the_marks_is_written_anew() -> None:
+    begin, end = results_page.MARKS
+    written = results_page.in_readme(f"before\n{begin}\nstale\n{end}\nafter\n")
+    assert written.startswith(f"before\n{begin}\n")
+    assert written.endswith(f"{end}\nafter\n")
+    assert "stale" not in written
