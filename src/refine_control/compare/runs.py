@@ -163,27 +163,36 @@ def _scored(
 
 
 def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
-    """Copies the finished stage 1 of another row, ROW/seed-N beside ours, whose recipe is the same so far."""
+    """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
     finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
-    ours = {"contents.json": distiller.contents(method), "settings.json": distiller.settings()}
+    ours = _beginning(recipe, distiller.contents(method), distiller.settings())
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
-    for begun in sorted(folder.parent.parent.glob("*/seed-*/recipe.yaml")):
-        if begun.parent == folder or not (begun.parent / finished).is_dir():
+    for begun in sorted(path.parent for path in folder.parent.parent.glob("*/seed-*/recipe.yaml")):
+        kept = [begun / name for name in ("contents.json", "settings.json")]
+        if begun == folder or not (begun / finished).is_dir() or not all(path.is_file() for path in kept):
             continue
-        with suppress(BusyError), hold(begun.parent):  # who trains there prunes checkpoints under our hands
-            theirs = load(DistilRecipe, begun).model_copy(update={"stage2": recipe.stage2})
-            kept = {name: begun.with_name(name) for name in ours}
-            if learnt(theirs) != learnt(recipe) or not all(path.is_file() for path in kept.values()):
-                continue
-            if any(json.loads(path.read_text()) != json.loads(json.dumps(ours[n])) for n, path in kept.items()):
+        with suppress(BusyError), hold(begun):  # who trains there prunes checkpoints under our hands
+            if (
+                _beginning(load(DistilRecipe, begun / "recipe.yaml"), *(json.loads(p.read_text()) for p in kept))
+                != ours
+            ):
                 continue
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(begun.parent / "stage1", aside)
+            shutil.copytree(begun / "stage1", aside)
             distiller.claim(recipe, folder, method)
             aside.rename(folder / "stage1")
             return
+
+
+def _beginning(recipe: DistilRecipe, contents: dict[str, str], settings: dict[str, Any]) -> str:
+    """All that decides stage 1: not stage 2, nor the plain pictures where stage 1 takes none of them."""
+    learns = {key: value for key, value in learnt(recipe).items() if key != "stage2"}
+    if recipe.stage1.labelled_fraction == 1:
+        learns["data"] = {key: value for key, value in learns["data"].items() if key != "unlabelled"}
+        contents = {key: value for key, value in contents.items() if key != "data.unlabelled"}
+    return json.dumps([learns, contents, settings], sort_keys=True)
 
 
 def trained_seconds(folder: Path) -> float | None:
