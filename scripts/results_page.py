@@ -24,7 +24,7 @@ COMPARISONS = (
     "compare-schedule",
 )
 SHORT = ("compare-headline", "compare-emoji")  # students of two sizes
-SHORT_ROWS = ("scratch", "output-kd", "refine-control")
+SHORT_ROWS = ("scratch", "output-kd", "refine-control", "feedforward")
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
@@ -138,30 +138,38 @@ def in_short() -> list[str]:
     teacher = measured[0]["rows"]["teacher"]
     metrics = list(teacher["mean"]["labelled"])
     names = [f"{metric.partition('[')[0]} {'↑' if sign(metric) > 0 else '↓'}" for metric in metrics]
-    lines = [f"| | parameters | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(metrics)]
+    lines = [f"| | parameters | {' | '.join(names)} | seeds |", "|---|---:|" + "---:|" * (len(metrics) + 1)]
+    lines.append(_short_line(teacher, metrics, teacher["label"]))
     held = []
     for one in measured:
-        smaller = teacher["params"] / one["rows"][SHORT_ROWS[0]]["params"]
-        for row in SHORT_ROWS if lines[2:] else ("teacher", *SHORT_ROWS):
+        for row in (row for row in SHORT_ROWS if row in one["rows"]):
             entry = one["rows"][row]
-            cells = [cell(*(entry[kind]["labelled"][m]["hole"] for kind in ("mean", "spread"))) for m in metrics]
-            label = entry["label"] if row == "teacher" else f"{entry['label']}, {smaller:.1f}x smaller"
-            lines.append(f"| {label} | {entry['params'] / 1e6:.1f} M | {' | '.join(cells)} |")
+            label = f"{teacher['params'] / entry['params']:.1f}x smaller: {entry['label']}"
+            lines.append(_short_line(entry, metrics, label))
         claims = [claim["holds"] for claim in one["claims"]]
-        held.append(f"{sum(claims)} of {len(claims)} hold {smaller:.1f}x smaller")
-    count = measured[0]["extractors"][0]["n"]
+        rows = {claim["text"].partition("above ")[2].partition(" in ")[0] for claim in one["claims"]} - {""}
+        smaller = teacher["params"] / one["rows"][one["ours"]]["params"]
+        held.append(f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller ({len(rows)} such rows)")
+    scored = measured[0]["extractors"][0]
     said = (
-        f"Holes of {count} pictures of held-out concepts, 32 px; mean ± standard deviation over training seeds; "
-        "steps, pictures and noise are the same for every row. Of the claims that the proof is to show (above each "
-        f"rival of its table, near the teacher, in two domains) {', '.join(held)}."
+        f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
+        f"{scored['extractor']}; mean ± standard deviation over training seeds; steps, pictures and noise are the same "
+        "for every row but the feed-forward one. Of the claims that the proof is to show in two domains (above scratch "
+        "and all rows that distil into the same student for as many steps; near the teacher) there hold "
+        f"{', '.join(held)}."
     )
     return [*lines, "", said]
 
 
+def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str) -> str:
+    cells = [cell(*(entry[kind]["labelled"][metric]["hole"] for kind in ("mean", "spread"))) for metric in metrics]
+    return f"| {label} | {entry['params'] / 1e6:.1f} M | {' | '.join(cells)} | {len(entry['runs'])} |"
+
+
 def in_readme(text: str) -> str:
-    """README.md with its table written anew."""
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
+    """README.md with its table written anew. Raises ValueError where a mark is missing, or there twice."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
     return "\n".join([before + MARKS[0], "", *in_short(), "", MARKS[1] + after])
 
 

@@ -203,6 +203,38 @@ def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path,
     assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
 
 
+def test_a_dry_run_takes_the_times_of_the_table(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+
+    def measured_anew(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("refine_control.compare.speed.step_times", measured_anew)
+    assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
+    assert not (tmp_path / "work/planned-speed.json").exists()
+    told = json.loads((tmp_path / "results/speed.json").read_text())
+    (tmp_path / "results/speed.json").write_text(json.dumps(told | {"of": "median"}))  # as of an earlier version
+    with pytest.raises(AssertionError):
+        comparing.dry_run(plan_of(base, tmp_path), {})
+
+
+@pytest.mark.parametrize(("fraction", "alike"), [(1, True), (0.5, False)])
+def test_plain_pictures_decide_stage_1_where_it_takes_some(base: Path, fraction: float, alike: bool) -> None:
+    recipe = recipes.load(recipes.DistilRecipe, base, {"stage1.labelled_fraction": fraction})
+    other = recipe.model_copy(
+        update={"stage2": recipe.stage1, "data": recipe.data.model_copy(update={"unlabelled": "other"})}
+    )
+    contents = {"teacher": "t", "data.labelled": "l", "data.unlabelled": "u"}
+    begun = [
+        running.beginning(recipe, contents, {}),
+        running.beginning(other, contents | {"data.unlabelled": "v"}, {}),
+    ]
+    assert (begun[0] == begun[1]) is alike
+    assert begun[0] != running.beginning(recipe, contents | {"data.labelled": "v"}, {})
+
+
 @pytest.mark.slow
 def test_rows_that_begin_alike_share_stage_1_and_end_as_if_they_had_not(base: Path, tmp_path: Path) -> None:
     plain = [str(base.parent / "plain"), str(base.parent / "labelled")]

@@ -185,12 +185,16 @@ def test_pictures_of_kinds_that_are_not_read_are_listed(tmp_path: Path) -> None:
         FolderDataset(tmp_path)
 
 
-def test_metadata_in_a_subfolder_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lenient", [False, True])
+def test_metadata_in_a_subfolder_is_not_passed_over(tmp_path: Path, lenient: bool) -> None:
     put(tmp_path / "train/a.png")
     describe(tmp_path / "train", {"file_name": "a.png", "text": "a cat"})
     with pytest.raises(DataError, match=r"train/metadata\.jsonl: not read below"):
-        FolderDataset(tmp_path)
+        FolderDataset(tmp_path, lenient=lenient)
     assert FolderDataset(tmp_path / "train").text(0) == "a cat"
+    (tmp_path / "train/metadata.jsonl").rename(tmp_path / "train/metadata.csv")
+    with pytest.raises(DataError, match=r"train/metadata\.csv: not read below"):
+        FolderDataset(tmp_path, lenient=lenient)
 
 
 def test_escaped_emoji_is_a_caption(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import results_page
 
 ROOT = Path(results_page.__file__).parent.parent
@@ -22,3 +24,10 @@ def test_only_what_stands_between_the_marks_is_written_anew() -> None:
     assert written.startswith(f"before\n{begin}\n")
     assert written.endswith(f"{end}\nafter\n")
     assert "stale" not in written
+    for torn in (f"before\n{begin}\nafter\n", f"{end}\n{begin}\nafter\n", "before\n"):
+        with pytest.raises(ValueError, match="values to unpack"):
+            results_page.in_readme(torn)
+
+
+def test_the_table_in_short_names_the_networks_that_scored_it() -> None:
+    assert "efficientnet-lite0" in results_page.in_short()[-1]

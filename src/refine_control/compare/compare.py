@@ -46,7 +46,7 @@ def compare(
 def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
     """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here.
 
-    What it measures for that it keeps in work_dir: output_dir stays as it is.
+    What it measures for that it keeps in work_dir, beside no table's own times.
     """
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = _planned(plan, overrides, shop)

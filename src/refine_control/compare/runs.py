@@ -165,7 +165,7 @@ def _scored(
 def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
     finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
-    ours = _beginning(recipe, distiller.contents(method), distiller.settings())
+    ours = beginning(recipe, distiller.contents(method), distiller.settings())
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
     for begun in sorted(path.parent for path in folder.parent.parent.glob("*/seed-*/recipe.yaml")):
@@ -173,10 +173,7 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
         if begun == folder or not (begun / finished).is_dir() or not all(path.is_file() for path in kept):
             continue
         with suppress(BusyError), hold(begun):  # who trains there prunes checkpoints under our hands
-            if (
-                _beginning(load(DistilRecipe, begun / "recipe.yaml"), *(json.loads(p.read_text()) for p in kept))
-                != ours
-            ):
+            if beginning(load(DistilRecipe, begun / "recipe.yaml"), *(json.loads(p.read_text()) for p in kept)) != ours:
                 continue
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)
@@ -186,7 +183,7 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
             return
 
 
-def _beginning(recipe: DistilRecipe, contents: dict[str, str], settings: dict[str, Any]) -> str:
+def beginning(recipe: DistilRecipe, contents: dict[str, str], settings: dict[str, Any]) -> str:
     """All that decides stage 1: not stage 2, nor the plain pictures where stage 1 takes none of them."""
     learns = {key: value for key, value in learnt(recipe).items() if key != "stage2"}
     if recipe.stage1.labelled_fraction == 1:

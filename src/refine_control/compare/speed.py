@@ -32,6 +32,7 @@ from refine_control.files import write_whole
 from refine_control.recipe import StageConfig
 
 ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its first turns are not counted
+OF = "fastest"  # which of all turns counts for a step: what else this machine does only adds to one
 STAGES = ("stage1", "stage2")
 
 
@@ -43,13 +44,14 @@ def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | 
     for file in filter(None, (path, other)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
+            if kept["of"] == OF and recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
                 return kept
         except (OSError, ValueError, KeyError):  # not there, torn, or of another version
             pass
     measured = {
         "step_ms": step_times(runs, shop),
         "forward_ms": forward_times(runs, shop),
+        "of": OF,
         "rounds": ROUNDS,
         "turns": TURNS,
         "machine": machine(),
@@ -62,8 +64,7 @@ def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | 
 def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float]]:
     """Row -> {"stage1": ms, "stage2": ms} of one step; stages without steps are left out.
 
-    Of all turns the fastest: what else this machine does only adds to one. Rows whose steps do the same work are
-    measured once. One learner is in memory at a time.
+    Of all turns the fastest. Rows whose steps do the same work are measured once. One learner is in memory at a time.
     """
     steps = {(run.row, stage): run for run in runs for stage in STAGES if getattr(run.recipe, stage).steps}
     kinds = {_kind(run, stage): (run, stage) for (_, stage), run in steps.items()}

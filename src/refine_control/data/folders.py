@@ -41,9 +41,9 @@ class FolderDataset:
     hidden files and folders (a leading dot) left out. The key of an example is its image's path below the folder.
 
     Raises DataError when opened: missing or empty folder, a picture of a kind that is not read, metadata that lies
-    deeper, is no file or is larger than MOST_BYTES, a broken line of it, a path that is absolute, climbs out or leaves
-    the folder through a link, a duplicate or missing file. Images are decoded only by `ds[i]`, which raises DataError
-    for a broken one and for a mask or control of another size.
+    deeper where there is none above it, is no file or is larger than MOST_BYTES, a broken line of it, a path that is
+    absolute, climbs out or leaves the folder through a link, a duplicate or missing file. Images are decoded only by
+    `ds[i]`, which raises DataError for a broken one and for a mask or control of another size.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, lenient: bool = False) -> None:
@@ -196,10 +196,10 @@ def _find_images(folder: Path, faults: list[str]) -> list[Path]:
     for parent, folders, files in os.walk(folder, onerror=unreadable):  # does not follow linked folders
         folders[:] = usable(parent, [name for name in folders if not name.startswith(".")])
         shown = [name for name in files if not name.startswith(".")]
+        if told := [name for name in (METADATA, *FOREIGN) if name in shown]:  # or its masks would be pictures
+            raise DataError(f"{Path(parent) / told[0]}: not read below {folder}; open its own folder (or list several)")
         pictures = [name for name in shown if name.lower().endswith(SUFFIXES)]
         others = sorted(name for name in shown if name.lower().endswith(UNREAD))
-        if METADATA in shown:  # or captions would be lost, and masks taken for pictures
-            faults.append(f"{Path(parent) / METADATA}: not read below {folder}; give its own folder, or move it up")
         faults += [f"{Path(parent) / name}: not read; save it as PNG or JPEG, or remove it" for name in others]
         found += [Path(parent) / name for name in usable(parent, pictures)]
     return sorted(found, key=lambda path: _key(path, folder))

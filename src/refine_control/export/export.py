@@ -29,7 +29,7 @@ Target = Literal["onnx", "openvino", "web"]
 Precision = Literal["fp32", "fp16", "int8"]
 DATA = "data/emoji"
 RUNNER = (Path(__file__).with_name("run.py"), Path(runtime.__file__))
-CALIBRATION_CALLS = 240  # of the denoiser; with a fifth of them int8 costs the embedded student more CMMD than it may
+CALIBRATION_CALLS, CALIBRATION_IMAGES = 240, 24  # at least: of the denoiser, and of the VAE decoder
 QUANTIZED = ("denoiser", "vae_decoder")  # the others cost little and lose much; they stay in half precision
 
 
@@ -85,9 +85,10 @@ def export_model(
     _refuse_other_files(out, to)
     _refuse_other_files(final, "onnx")
     model = load(name, controlnets=controlnets).freeze()
-    pictures = calibration_images or math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps)
+    if calibration_images is None:
+        calibration_images = max(CALIBRATION_IMAGES, math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps))
     try:
-        int8 = Int8.open(data or DATA, pictures, images, model.resolution) if precision == "int8" else None
+        int8 = Int8.open(data or DATA, calibration_images, images, model.resolution) if precision == "int8" else None
         graphs = graphs_of(model)
         manifest = _describe(model, title, to, precision)
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,9 @@ def convert(source: Path, path: Path, half: bool) -> None:
 def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
     """NNCF's post-training int8 of weights and activations, by the ranges that `feeds` reach.
 
-    Each of these made int8 cost the embedded student's pictures less: the convolutions at both ends stay as they are,
-    so do sums and norms (NNCF's way with transformers), ranges are the widest seen and no average, and activations and
-    weights share each channel's range (Xiao et al. 2023, SmoothQuant, equation 4, with its strength of 0.5).
+    The convolutions at both ends stay as they are, so do sums and norms (NNCF's way with transformers); ranges are the
+    widest seen and no average; activations and weights share each channel's range (Xiao et al. 2023, SmoothQuant,
+    equation 4), of convolutions with a strength of 0.5, of matrix products with NNCF's own.
     """
     import nncf
     import openvino
@@ -50,7 +50,8 @@ def quantize(source: Path, path: Path, feeds: Sequence[Feed]) -> None:
 
 def _ends(model: Any) -> list[str]:
     """As onnx._ends: the convolutions that read an input of the graph, and the first and the last of all."""
-    found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    kinds = ("Convolution", "GroupConvolution")
+    found = [node for node in model.get_ordered_ops() if node.get_type_name() in kinds]
     reads = [node.input_value(0).get_node().get_type_name() for node in found]
     ends = (0, len(found) - 1)
     return [
