@@ -204,7 +204,7 @@ def page() -> str:
         lines += compared(name, [f"refine-control compare recipes/{name}.yaml"])
     lines += bias()
     lines += sampler_steps()
-    lines += compared("demo", ["make demo"])
+    lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
     if full := read("edge-full-size/bench.json"):
