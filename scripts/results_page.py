@@ -71,7 +71,8 @@ def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> 
 def compared(name: str, commands: Sequence[str]) -> list[str]:
     """What `refine-control compare` wrote."""
     costs = {"macs": "MACs of a picture", "wall_seconds": "time of training"}
-    plots = {f"{cost}.png": f"scores against the {text}" for cost, text in costs.items()}
+    plots = {"rows.png": "scores of each row"}
+    plots |= {f"{cost}.png": f"scores against the {text}" for cost, text in costs.items()}
     return written(f"{name}/table.md", commands, plots)
 
 

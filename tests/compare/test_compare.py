@@ -71,7 +71,7 @@ def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None
         "telea/seed-0",
         *(f"{r}/seed-{s}" for r in ("scratch", "refine-control") for s in (0, 1)),
     }
-    for name in ("table.md", "table.csv", "macs.png", "wall_seconds.png", "report.html", "speed.json"):
+    for name in ("table.md", "table.csv", "rows.png", "macs.png", "wall_seconds.png", "report.html", "speed.json"):
         assert (results / name).stat().st_size > 0, name
     assert not list(results.rglob("*.safetensors")), "what is large is in work_dir"
     one = json.loads((results / "scratch/seed-1/run.json").read_text())

@@ -1,4 +1,4 @@
-"""Quality against what it costs: MACs of a picture, and the time of training. Spread as bars."""
+"""Quality row by row, and against what it costs: MACs of a picture, the time of training. Spread as bars."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.report import Row
 
 COSTS = {"macs": ("MACs of a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
@@ -53,6 +54,42 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
     plt.close(figure)
 
 
+def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
+    """One panel for each domain and metric, in the hole; a line for each row that is trained, a band for `ours`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if row.steps]
+    domains = list(dict.fromkeys(domain for row in shown for domain in row.scores))
+    metrics = list(dict.fromkeys(metric for row in shown for scores in row.scores.values() for metric in scores))
+    if not shown:
+        return
+    size = (2.6 * len(metrics) + 3.5, (0.22 * len(shown) + 0.9) * len(domains))
+    figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False, sharey=True)
+    for i, domain in enumerate(domains):
+        for j, metric in enumerate(metrics):
+            axis = axes[i, j]
+            for place, row in enumerate(shown):
+                score, spread = _score(row, domain, metric)
+                if score is None:
+                    continue
+                colour = "tab:orange" if row.name == ours else "tab:blue"
+                axis.errorbar(score, place, xerr=spread, fmt="o", ms=4, color=colour, capsize=2)
+                if row.name == ours:
+                    axis.axvspan(score - (spread or 0), score + (spread or 0), color=colour, alpha=0.2, lw=1)
+            better = "→" if sign(metric) > 0 else "←"
+            axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
+            axis.set_yticks(range(len(shown)), [row.name for row in shown])
+            axis.tick_params(labelsize=7)
+            axis.grid(axis="y", lw=0.3)
+    axes[0, 0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, path)
+    plt.close(figure)
+
+
 def save(figure: Any, path: Path) -> None:
     """As a PNG, whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +99,16 @@ def save(figure: Any, path: Path) -> None:
 
 
 def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any) -> None:
-    score = row.scores.get(domain, {}).get(metric, {}).get("hole")
+    score, spread = _score(row, domain, metric)
     if score is None:
         return
-    spread = row.spread.get(domain, {}).get(metric, {}).get("hole")
     marker = "*" if row.name == "teacher" else "o"
     axis.errorbar(
         x, score, yerr=spread, fmt=marker, ms=9 if marker == "*" else 5, color=colour, label=row.name, capsize=2
     )
+
+
+def _score(row: Row, domain: str, metric: str) -> tuple[float | None, float | None]:
+    """In the hole: mean and spread, None for what is not there."""
+    mean, spread = (part.get(domain, {}).get(metric, {}).get("hole") for part in (row.scores, row.spread))
+    return mean, spread

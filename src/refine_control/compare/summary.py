@@ -1,4 +1,4 @@
-"""What the runs come to: scores.json, table.md, table.csv, two plots and the page."""
+"""What the runs come to: scores.json, table.md, table.csv, three plots and the page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from refine_control.compare.claims import Claim, claims, gate_failures
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run
-from refine_control.compare.plots import plot
+from refine_control.compare.plots import plot, plot_rows
 from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
 from refine_control.compare.speed import STAGES, minutes
 from refine_control.compare.statistics import Results, over_seeds
@@ -21,6 +21,7 @@ from refine_control.files import write_whole
 
 DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
 PLOTS = {
+    "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's.",
     "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds.",
     "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step).",
 }
@@ -52,6 +53,7 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     write_table(rows, out / "table.csv")
     text = markdown(title, plan, rows, results, found, provenance)
     write_whole(out / "table.md", text)
+    plot_rows(rows, plan.ours, out / "rows.png")
     plot(rows, "macs", {row.name: _macs_of_a_picture(row, first[row.name], shop) for row in rows}, out / "macs.png")
     plot(rows, "wall_seconds", {row.name: row.wall_seconds for row in rows}, out / "wall_seconds.png")
     write_report(_page(title, plan, rows, first, domains, found, provenance, results), out / "report.html")
