@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_control.compare.tables import cell
-from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +37,7 @@ def read(name: str) -> dict[str, Any] | None:
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """rows: name -> {metric: {"whole", "hole"}}."""
     metrics = [m for m, v in next(iter(rows.values())).items() if isinstance(v, dict) and "hole" in v]
-    arrows = {m: "↑" if sign(m) > 0 else "↓" for m in metrics}
-    lines = ["| | " + " | ".join(f"{m} {arrows[m]} whole / hole" for m in metrics) + " |"]
+    lines = ["| | " + " | ".join(f"{m} {arrow(m)} whole / hole" for m in metrics) + " |"]
     lines.append("|---|" + "---|" * len(metrics))
     for name, scores in rows.items():
         cells = [" / ".join(f"{scores[m][region]:.4g}" for region in ("whole", "hole")) for m in metrics]
@@ -70,9 +69,11 @@ def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> 
 
 def compared(name: str, commands: Sequence[str]) -> list[str]:
     """What `refine-control compare` wrote."""
-    costs = {"macs": "MACs of a picture", "wall_seconds": "time of training"}
-    plots = {"rows.png": "scores of each row"}
-    plots |= {f"{cost}.png": f"scores against the {text}" for cost, text in costs.items()}
+    plots = {
+        "rows.png": "scores of each row",
+        "macs.png": "scores against the MACs of a picture",
+        "wall_seconds.png": "scores against the time of training",
+    }
     return written(f"{name}/table.md", commands, plots)
 
 
@@ -138,7 +139,7 @@ def in_short() -> list[str]:
         return []
     teacher = measured[0]["rows"]["teacher"]
     metrics = list(teacher["mean"]["labelled"])
-    names = [f"{metric.partition('[')[0]} {'↑' if sign(metric) > 0 else '↓'}" for metric in metrics]
+    names = [f"{metric.partition('[')[0]} {arrow(metric)}" for metric in metrics]
     lines = [f"| | parameters | {' | '.join(names)} | seeds |", "|---|---:|" + "---:|" * (len(metrics) + 1)]
     lines.append(_short_line(teacher, metrics, teacher["label"]))
     held = []

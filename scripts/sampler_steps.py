@@ -25,7 +25,7 @@ from refine_control.compare.statistics import over_seeds
 from refine_control.compare.tables import HEADINGS, cell
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, evaluate_model
-from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.metrics import arrow
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
@@ -87,7 +87,7 @@ def markdown(lines: Lines, sentence: str) -> str:
     parts = ["# Quality against sampler steps", "", sentence, ""]
     for domain in _domains(lines):
         metrics = _metrics(lines, domain)
-        arrows = [f"{m} {'↑' if sign(m) > 0 else '↓'}" for m in metrics]
+        arrows = [f"{m} {arrow(m)}" for m in metrics]
         parts += [f"## {HEADINGS.get(domain, domain)}, in the hole", "", f"| | steps | {' | '.join(arrows)} | seeds |"]
         parts.append("|---|" + "---:|" * (len(metrics) + 2))
         for name, by_steps in lines.items():
@@ -108,10 +108,7 @@ def _metrics(lines: Lines, domain: str) -> list[str]:
 
 def plot(lines: Lines, path: Path) -> None:
     """A panel for each domain and metric, in the hole; a line for each name, standard deviations over seeds as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = plots.pyplot()
     from matplotlib.ticker import NullLocator
 
     domains = _domains(lines)
@@ -125,7 +122,7 @@ def plot(lines: Lines, path: Path) -> None:
             for name, by_steps in lines.items():
                 cells = [[one[kind][domain][metric]["hole"] or 0 for one in by_steps.values()] for kind in KINDS]
                 axis.errorbar(list(by_steps), cells[0], yerr=cells[1], label=name, marker=".", capsize=2)
-            axis.set_title(f"{metric} {'↑' if sign(metric) > 0 else '↓'}\n{domain}", fontsize=8)
+            axis.set_title(f"{metric} {arrow(metric)}\n{domain}", fontsize=8)
             axis.set_xscale("log")
             axis.set_xticks(steps, [str(count) for count in steps])
             axis.xaxis.set_minor_locator(NullLocator())

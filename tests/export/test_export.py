@@ -208,7 +208,8 @@ def test_int8_is_smaller_and_says_what_it_costs(exported: Exported, to: str) -> 
 
 @pytest.mark.slow
 def test_of_openvinos_int8_the_ends_keep_their_precision(exported: Exported) -> None:
-    openvino = pytest.importorskip("openvino")
+    import openvino
+
     graph = openvino.Core().read_model(exported("openvino", "int8") / "denoiser.xml")
     convolutions = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Convolution"]
     weights = [node.input_value(1).get_node() for node in convolutions]

@@ -18,21 +18,17 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
 
     cost: one of COSTS. costs: row -> what it costs, None for nothing.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     shown = {row.name: (row, x) for row in rows if (x := costs[row.name])}
-    domains = list(dict.fromkeys(domain for row, _ in shown.values() for domain in row.scores))
-    metrics = list(dict.fromkeys(m for row, _ in shown.values() for scores in row.scores.values() for m in scores))
+    domains, metrics = _panels([row for row, _ in shown.values()])
     if not shown:
         return
     title, scale, unit = COSTS[cost]
     size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
-    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    palette = plt.get_cmap("tab20").colors
     colours = {row.name: palette[place % len(palette)] for place, row in enumerate(rows)}  # alike in every plot
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
@@ -56,38 +52,30 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
 
 def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
     """One panel for each domain and metric, in the hole; a line for each row that is trained, a band for `ours`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     shown = [row for row in rows if row.steps]
-    domains = list(dict.fromkeys(domain for row in shown for domain in row.scores))
-    metrics = list(dict.fromkeys(metric for row in shown for scores in row.scores.values() for metric in scores))
+    domains, metrics = _panels(shown)
     if not shown:
         return
     size = (2.6 * len(metrics) + 3.5, (0.22 * len(shown) + 0.9) * len(domains))
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False, sharey=True)
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
-            axis = axes[i, j]
-            for place, row in enumerate(shown):
-                score, spread = _score(row, domain, metric)
-                if score is None:
-                    continue
-                colour = "tab:orange" if row.name == ours else "tab:blue"
-                axis.errorbar(score, place, xerr=spread, fmt="o", ms=4, color=colour, capsize=2)
-                if row.name == ours:
-                    axis.axvspan(score - (spread or 0), score + (spread or 0), color=colour, alpha=0.2, lw=1)
-            better = "→" if sign(metric) > 0 else "←"
-            axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
-            axis.set_yticks(range(len(shown)), [row.name for row in shown])
-            axis.tick_params(labelsize=7)
-            axis.grid(axis="y", lw=0.3)
+            _rows_panel(axes[i, j], shown, ours, domain, metric)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
     save(figure, path)
     plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, which draws to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 def save(figure: Any, path: Path) -> None:
@@ -96,6 +84,29 @@ def save(figure: Any, path: Path) -> None:
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")  # two processes may write it
     figure.savefig(aside, dpi=110, metadata={"Software": None})
     os.replace(aside, path)
+
+
+def _panels(rows: list[Row]) -> tuple[list[str], list[str]]:
+    """The domains and the metrics of any of the rows."""
+    domains = dict.fromkeys(domain for row in rows for domain in row.scores)
+    metrics = dict.fromkeys(metric for row in rows for scores in row.scores.values() for metric in scores)
+    return list(domains), list(metrics)
+
+
+def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str) -> None:
+    for place, row in enumerate(rows):
+        score, spread = _score(row, domain, metric)
+        if score is None:
+            continue
+        colour = "tab:orange" if row.name == ours else "tab:blue"
+        axis.errorbar(score, place, xerr=spread, fmt="o", ms=4, color=colour, capsize=2)
+        if row.name == ours:
+            axis.axvspan(score - (spread or 0), score + (spread or 0), color=colour, alpha=0.2, lw=1)
+    better = "→" if sign(metric) > 0 else "←"
+    axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    axis.tick_params(labelsize=7)
+    axis.grid(axis="y", lw=0.3)
 
 
 def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any) -> None:

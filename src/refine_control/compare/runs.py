@@ -165,15 +165,16 @@ def _scored(
 def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
     finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
-    ours = beginning(recipe, distiller.contents(method), distiller.settings())
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
+    ours = beginning(recipe, distiller.contents(method), distiller.settings())
     for begun in sorted(path.parent for path in folder.parent.parent.glob("*/seed-*/recipe.yaml")):
         kept = [begun / name for name in ("contents.json", "settings.json")]
         if begun == folder or not (begun / finished).is_dir() or not all(path.is_file() for path in kept):
             continue
         with suppress(BusyError), hold(begun):  # who trains there prunes checkpoints under our hands
-            if beginning(load(DistilRecipe, begun / "recipe.yaml"), *(json.loads(p.read_text()) for p in kept)) != ours:
+            contents, settings = (json.loads(path.read_text()) for path in kept)
+            if beginning(load(DistilRecipe, begun / "recipe.yaml"), contents, settings) != ours:
                 continue
             aside = folder / ".stage1.part"
             shutil.rmtree(aside, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 from refine_control.compare.claims import Claim
 from refine_control.compare.plan import TEACHER, CompareRecipe
 from refine_control.compare.statistics import Results, beyond_spread, duel, metrics_of
-from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.metrics import arrow
 from refine_control.evaluate.report import Row
 
 HEADINGS = {
@@ -52,9 +52,8 @@ def _how(provenance: Mapping[str, Any]) -> list[str]:
 
 def _scores(rows: Sequence[Row], domain: str, results: Mapping[str, Results]) -> list[str]:
     metrics = list(dict.fromkeys(m for row in rows for m in row.scores.get(domain, {})))
-    arrows = {m: "↑" if sign(m) > 0 else "↓" for m in metrics}
     lines = [
-        "| | " + " | ".join(f"{m} {arrows[m]}" for m in metrics) + " | seeds |",
+        "| | " + " | ".join(f"{m} {arrow(m)}" for m in metrics) + " | seeds |",
         "|---|" + "---:|" * (len(metrics) + 1),
     ]
     for row in rows:

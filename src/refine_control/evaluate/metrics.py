@@ -41,6 +41,11 @@ def sign(metric: str) -> int:
     return 1 if metric.partition("[")[0] in ("psnr", "ssim") else -1
 
 
+def arrow(metric: str) -> str:
+    """Which way is better, for a table's heading."""
+    return "↑" if sign(metric) > 0 else "↓"
+
+
 def check_images(name: str, images: Tensor) -> None:
     """Refuse what is not float (N, 3, H, W) in [0, 1], `MIN_SIDE` pixels a side; the ValueError says what it got."""
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:

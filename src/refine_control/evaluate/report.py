@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.metrics import arrow, sign
 from refine_control.evaluate.score import RULES
 from refine_control.files import write_whole
 
@@ -207,7 +207,7 @@ def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: flo
     best = (max if is_up else min)(students.values(), default=None)
     marked = {i for i in students if texts[i] in {texts[j] for j, v in students.items() if v == best}}
     marked = set() if len(marked) == len(students) or key in _COSTS else marked
-    return Column(key, unit, "↑" if is_up else "↓", values, texts, smalls, marked)
+    return Column(key, unit, arrow(key), values, texts, smalls, marked)
 
 
 def _finite(value: float | None) -> float | None:

@@ -52,10 +52,5 @@ def _ends(model: Any) -> list[str]:
     """As onnx._ends: the convolutions that read an input of the graph, and the first and the last of all."""
     kinds = ("Convolution", "GroupConvolution")
     found = [node for node in model.get_ordered_ops() if node.get_type_name() in kinds]
-    reads = [node.input_value(0).get_node().get_type_name() for node in found]
-    ends = (0, len(found) - 1)
-    return [
-        node.get_friendly_name()
-        for place, (node, read) in enumerate(zip(found, reads, strict=True))
-        if place in ends or read == "Parameter"
-    ]
+    reading = [node for node in found if node.input_value(0).get_node().get_type_name() == "Parameter"]
+    return sorted({node.get_friendly_name() for node in [*found[:1], *reading, *found[-1:]]})
