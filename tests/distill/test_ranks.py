@@ -70,14 +70,21 @@ def one(recipe: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_learnt_the_same(recipe: Path, one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    """Far closer to each other than to where they began."""
+    """Far closer to each other than to where they began: all together, and each tensor.
+
+    Sums taken in another order differ in their last digits, and where a gradient is nearly zero Adam makes a whole
+    step of these: single weights of a tensor may part by 5 % of its way, as they did on one kind of processor.
+    """
     loaded = recipes.load(DistilRecipe, recipe)
     student, _ = Distiller(loaded.teacher, loaded.data, loaded.run).fresh_student(loaded)
     start = {f"unet.{key}": value for key, value in student.foundation.state_dict().items()}
     start |= {f"controlnet.{key}": value for key, value in student.module.state_dict().items()}
     assert one.keys() == two.keys() == start.keys()
-    for key, value in start.items():
-        assert (two[key] - one[key]).norm() < 0.02 * (one[key] - value).norm(), key
+    apart = {key: (two[key] - one[key]).norm() for key in start}
+    way = {key: (one[key] - value).norm() for key, value in start.items()}
+    for key in start:
+        assert apart[key] < 0.2 * way[key], f"{key}: {apart[key]:.2g} apart after a way of {way[key]:.2g}"
+    assert torch.stack([*apart.values()]).norm() < 0.01 * torch.stack([*way.values()]).norm()
 
 
 @pytest.mark.parametrize(("shard", "passes"), [("false", "1"), ("true", "2")])
