@@ -149,7 +149,7 @@ def in_short() -> list[str]:
             label = f"{teacher['params'] / entry['params']:.1f}x smaller: {entry['label']}"
             lines.append(_short_line(entry, metrics, label))
         claims = [claim["holds"] for claim in one["claims"]]
-        rows = {claim["text"].partition("above ")[2].partition(" in ")[0] for claim in one["claims"]} - {""}
+        rows = {claim["against"] for claim in one["claims"]} - {None}
         smaller = teacher["params"] / one["rows"][one["ours"]]["params"]
         held.append(f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller ({len(rows)} such rows)")
     scored = measured[0]["extractors"][0]

@@ -113,9 +113,12 @@ def test_interrupted_and_resumed_it_gives_the_same_table(
 def test_complete_runs_are_taken_as_they_are_without_their_students(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
     before = scores(whole)
+    page = tmp_path / "results/report.html"
+    page.unlink()
     comparing.compare(plan_of(base, tmp_path), {})
     assert scores(tmp_path) == before
     assert not list((tmp_path / "work").rglob("student"))
+    assert page.read_text() == (whole / "results/report.html").read_text(), "curves and pictures as well"
 
 
 def test_tables_of_what_is_complete_without_training_the_rest(base: Path, whole: Path, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ CLASSICAL = ("mean-fill", "telea", "navier-stokes", "biharmonic")
 
 
 class Claim(NamedTuple):
+    """against: the row that the method is to be above; None where it is held to the teacher."""
+
     text: str
     holds: bool
     figures: str
+    against: str | None = None
 
 
 def claims(ours: str, results: Mapping[str, Results], rivals: list[str]) -> list[Claim]:
@@ -66,7 +69,8 @@ def _above(
     figures = f"better in {len(won)}, beyond the spread in {len(clear)}, worse beyond it in {len(worse)}; {n} seeds"
     if worse:
         figures += f" (worse: {', '.join(worse)})"
-    return [Claim(f"{domain}: above {rival} in {least} of {len(metrics)}", len(won) >= least and not worse, figures)]
+    text = f"{domain}: above {rival} in {least} of {len(metrics)}"
+    return [Claim(text, len(won) >= least and not worse, figures, rival)]
 
 
 def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metrics: list[str]) -> list[Claim]:

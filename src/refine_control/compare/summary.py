@@ -144,7 +144,7 @@ def _page(
 ) -> ReportData:
     out, recipe = Path(plan.output_dir), (first.get(plan.ours) or next(iter(first.values()))).recipe
     chosen = {name: shown_of(len(domain.heldout.true)) for name, domain in domains.items()}
-    curves = {n: [run.work / s / "losses.jsonl" for s in STAGES] for n, run in first.items()}
+    curves = {name: logs for name, run in first.items() if (logs := _curves(run))}
     counts = sorted({len(some) for name, some in results.items() if name != TEACHER})
     teacher, student = ({row.name: row for row in rows}.get(name, rows[0]) for name in (TEACHER, plan.ours))
     return ReportData(
@@ -158,7 +158,7 @@ def _page(
         truth={name: domain.heldout.true[chosen[name]] for name, domain in domains.items()},
         mask={name: domain.heldout.batch.mask[chosen[name]] for name, domain in domains.items()},
         captions={n: tuple(d.heldout.batch.captions[i] for i in chosen[n]) for n, d in domains.items()},
-        curves={name: logs for name, files in curves.items() if (logs := [f for f in files if f.is_file()])},
+        curves=curves,
         provenance=provenance["extractors"][0],
         settings={
             "teacher": recipe.teacher,
@@ -176,5 +176,17 @@ def _page(
             "Minutes of training are steps times the time of a step, which was measured for all rows in turns.",
         ],
         plots=[(text, out / f"{cost}.png") for cost, text in PLOTS.items() if (out / f"{cost}.png").is_file()],
-        claims=found,
+        claims=[claim[:3] for claim in found],
     )
+
+
+def _curves(run: Run) -> list[Path]:
+    """The losses of each stage, kept beside the run's result: the page needs them when work_dir is gone."""
+    kept = []
+    for stage in STAGES:
+        log, beside = run.work / stage / "losses.jsonl", run.out / f"{stage}-losses.jsonl"
+        if log.is_file():
+            write_whole(beside, log.read_text(encoding="utf-8"))
+        if beside.is_file():
+            kept.append(beside)
+    return kept
