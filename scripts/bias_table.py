@@ -4,12 +4,13 @@
 
 Before it come the commands of scripts/biased_data.py. Reads which runs of the comparison are finished, measures the
 cast in the holes of the held-out pictures, and writes bias.json, bias.md and pictures.png beside the comparison's
-tables. What a model drew is kept where it was trained, so that nothing is drawn twice.
+tables. The cast of a run (cast.json) and some of the pictures (cast.png) are kept beside its result: a student that
+was measured is needed no more.
 
 The cast of a picture is the mean over its hole of what was drawn minus the truth, along the shift that was planted.
 What passed to a student is its cast minus the one that it would have without this teacher, as a share of what the
 biased teacher has more than the clean one. Without this teacher stand the control's run of the same seed, and, where
-one of the folders --twins has it, the same run with the clean teacher.
+one of the comparisons --twins has it, the same run with the clean teacher.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from biased_data import tint
@@ -65,6 +68,7 @@ class Ruler:
     true: Tensor
     mask: Tensor
     is_kind: Tensor
+    kind: str
     shift: tuple[float, ...]
 
     @classmethod
@@ -74,7 +78,13 @@ class Ruler:
         if not is_kind.any() or is_kind.all():
             count = f"{int(is_kind.sum())} of {len(is_kind)} held-out pictures"
             raise UserError(f"{count} are of kind '{bias['kind']}'; choose one that some are of, and others not")
-        return cls(heldout.true, heldout.batch.mask, is_kind, tuple(bias["shift"]))
+        return cls(heldout.true, heldout.batch.mask, is_kind, bias["kind"], tuple(bias["shift"]))
+
+    @property
+    def shown(self) -> Tensor:
+        """Which pictures are kept and shown: some of the kind, evenly spread."""
+        places = self.is_kind.nonzero().flatten()
+        return places[shown_of(len(places))]
 
     @property
     def direction(self) -> tuple[float, ...]:
@@ -92,40 +102,49 @@ class Ruler:
         return self.measure(torch.from_numpy(tint(pictures, self.shift)).permute(0, 3, 1, 2) / 255)["kind"]
 
 
-def finished(plan: CompareRecipe) -> list[Run]:
-    """The runs that are scored and whose students are there.
+def finished(plan: CompareRecipe) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs that are scored, with their results.
 
     Raises:
-        UserError: there is none, or they are of different teachers.
+        UserError: they are of different teachers.
     """
-    work = plan.work_dir or plan.output_dir
-    found = [run for run in runs(plan, {}) if result_of(run) is not None and (run.work / "student").is_dir()]
-    if not found:
-        raise UserError(f"no run of '{plan.output_dir}' is finished with its student in '{work}'")
-    if len({_contents(run.work)["teacher"] for run in found}) > 1:
-        raise UserError(f"the runs in '{work}' are of different teachers; remove those of the older one")
+    found = [(run, result) for run in runs(plan, {}) if (result := result_of(run)) is not None]
+    if len({result["contents"]["teacher"] for _, result in found}) > 1:
+        raise UserError(f"the runs in '{plan.output_dir}' are of different teachers; remove those of the older one")
     return found
 
 
-def twins_in(folders: Iterable[Path], clean: str) -> dict[str, Path]:
-    """The folders of runs that have a student of the clean teacher, by all else that decides what was learnt."""
-    begun = [path.parent for folder in folders for path in sorted(folder.glob("*/seed-*/recipe.yaml"))]
-    trained = [folder for folder in begun if (folder / "student").is_dir()]
-    return {_all_but_teacher(one): one for one in trained if _recipe(one).teacher == clean}
+def measured(run: Run, result: Mapping[str, Any], ruler: Ruler, domains: dict[str, Domain]) -> Casts | None:
+    """The cast of what the run's student draws, kept with some of the pictures; None where neither is there."""
+    kept, of = run.out / "cast.json", [result["identity"], ruler.kind, list(ruler.shift)]
+    if kept.is_file() and (before := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
+        return before["cast"]
+    if not (run.work / "student").is_dir():
+        return None
+    pictures = pictures_of(run.work / "student", run.work, run.recipe, domains)
+    casts = ruler.measure(pictures)
+    save_grid(run.out / "cast.png", [pictures[ruler.shown] * 2 - 1], 1)
+    write_whole(kept, json.dumps({"of": of, "cast": casts}))
+    return casts
 
 
-def _all_but_teacher(folder: Path) -> str:
-    learns = {key: value for key, value in learnt(_recipe(folder)).items() if key not in TEACHES}
-    contents = {key: value for key, value in _contents(folder).items() if key != "teacher"}
+def strip(run: Run) -> Tensor:
+    """(n, 3, H, W) in [0, 1], the pictures kept by `measured`."""
+    sheet = torch.from_numpy(np.asarray(Image.open(run.out / "cast.png").convert("RGB")).copy()).permute(2, 0, 1) / 255
+    return torch.stack(sheet.split(sheet.shape[1], 2))
+
+
+def twins_in(plans: Iterable[CompareRecipe], clean: str) -> dict[str, tuple[Run, dict[str, Any]]]:
+    """The finished runs of the clean teacher, by all else that decides what was learnt."""
+    found = [one for plan in plans for one in finished(plan)]
+    return {_all_but_teacher(one[1]): one for one in found if one[1]["recipe"]["teacher"] == clean}
+
+
+def _all_but_teacher(result: Mapping[str, Any]) -> str:
+    recipe = DistilRecipe.model_validate(result["recipe"])
+    learns = {key: value for key, value in learnt(recipe).items() if key not in TEACHES}
+    contents = {key: value for key, value in result["contents"].items() if key != "teacher"}
     return json.dumps([learns, contents], sort_keys=True)
-
-
-def _recipe(folder: Path) -> DistilRecipe:
-    return load_recipe(DistilRecipe, folder / "recipe.yaml")
-
-
-def _contents(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "contents.json").read_text(encoding="utf-8"))
 
 
 def pictures_of(model: str | Path, folder: Path, recipe: DistilRecipe, domains: dict[str, Domain]) -> Tensor:
@@ -133,28 +152,40 @@ def pictures_of(model: str | Path, folder: Path, recipe: DistilRecipe, domains: 
     return drawn(folder)["labelled"]
 
 
-def table(plan: CompareRecipe, control: str, twins: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor], Ruler]:
-    """Everything that bias.json holds; and what the teachers and each row's first student drew, by name."""
-    todo, shop = finished(plan), Workshop(base_recipe(plan, {}))
+def table(
+    plan: CompareRecipe, control: str, twins: Sequence[CompareRecipe]
+) -> tuple[dict[str, Any], dict[str, Tensor], Ruler]:
+    """Everything that bias.json holds; and some of what the teachers and each row's first student drew, by name.
+
+    Raises:
+        UserError: no run is finished that was measured or has its student, or they are of different teachers.
+    """
+    shop = Workshop(base_recipe(plan, {}))
     base, work = shop.base, Path(plan.work_dir or plan.output_dir)
     taught = load_recipe(TeacherRecipe, Path(base.teacher).parent / "recipe.yaml")
     if taught.init_from is None:
         raise UserError(f"'{base.teacher}' was not trained on from another teacher; give its recipe an init_from")
     bias = json.loads((Path(taught.data.labelled) / "bias.json").read_text(encoding="utf-8"))
     ruler = Ruler.of(shop.domains["labelled"].heldout, bias)
-    shown = {
+    teachers = {
         "clean teacher": pictures_of(taught.init_from, work / "clean-teacher", base, shop.domains),
         "biased teacher": pictures_of(base.teacher, work / TEACHER / "seed-0", base, shop.domains),
     }
-    clean, biased = (ruler.measure(pictures) for pictures in shown.values())
+    clean, biased = (ruler.measure(pictures) for pictures in teachers.values())
+    shown = {name: pictures[ruler.shown] for name, pictures in teachers.items()}
     known = twins_in(twins, taught.init_from)
     casts: dict[str, dict[int, Casts]] = {}
-    for run in todo:
-        pictures = pictures_of(run.work / "student", run.work, run.recipe, shop.domains)
-        shown.setdefault(run.row, pictures)
-        one = casts.setdefault(run.row, {})[run.seed] = ruler.measure(pictures)
-        if twin := known.get(_all_but_teacher(run.work)):
-            one["twin"] = ruler.measure(pictures_of(twin / "student", twin, run.recipe, shop.domains))["kind"]
+    for run, result in finished(plan):
+        if run.row == TEACHER or not (one := measured(run, result, ruler, shop.domains)):
+            continue
+        casts.setdefault(run.row, {})[run.seed] = one
+        if run.row not in shown:
+            shown[run.row] = strip(run)
+        twin = known.get(_all_but_teacher(result))
+        if twin and (other := measured(*twin, ruler, shop.domains)):
+            one["twin"] = other["kind"]
+    if not casts:
+        raise UserError(f"no run of '{plan.output_dir}' is finished with its student in '{work}'")
     add_shares(casts, control, biased["kind"], clean["kind"])
     figures = {
         "title": plan.title, "commit": shop.commit, "machine": machine(), "bias": bias, "direction": ruler.direction,
@@ -236,23 +267,22 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 
 def save_pictures(path: Path, ruler: Ruler, shown: Mapping[str, Tensor]) -> None:
-    """Some of the kind, evenly spread: truth, what is known of it, then what the teachers and each row drew."""
-    places = ruler.is_kind.nonzero().flatten()
-    some = places[shown_of(len(places))]
-    true = ruler.true[some] * 2 - 1
+    """Truth, what is known of it, then what the teachers and each row drew."""
+    true = ruler.true[ruler.shown] * 2 - 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(path, [true, mask_out(true, ruler.mask[some]), *(drawn[some] * 2 - 1 for drawn in shown.values())], 3)
+    rows = [true, mask_out(true, ruler.mask[ruler.shown]), *(drawn * 2 - 1 for drawn in shown.values())]
+    save_grid(path, rows, 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-bias.yaml"))
     parser.add_argument("--control", default="scratch", help="the row that learnt nothing from the teacher")
-    parser.add_argument("--twins", type=Path, nargs="*", help="work_dirs of comparisons with the clean teacher",
-                        default=[Path("runs/compare-levels")])  # fmt: skip
+    parser.add_argument("--twins", type=Path, nargs="*", help="recipes of comparisons with the clean teacher",
+                        default=[Path("recipes/compare-levels.yaml")])  # fmt: skip
     args = parser.parse_args()
     plan, _ = load(args.recipe, {})
-    figures, shown, ruler = table(plan, args.control, args.twins)
+    figures, shown, ruler = table(plan, args.control, [load(path, {})[0] for path in args.twins])
     out = Path(plan.output_dir)
     command = shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
     write_whole(out / "bias.json", json.dumps({"command": command, **figures}, indent=1))

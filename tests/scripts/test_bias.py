@@ -146,7 +146,7 @@ def test_casts_of_finished_runs_against_control_and_twin(proof: Path) -> None:
         shop = Workshop(base_recipe(plan, {}))
         for run in runs(plan, {}):
             finish(run, shop)
-    figures, shown, ruler = bias_table.table(biased, "scratch", [proof / "clean", proof / "nowhere"])
+    figures, shown, ruler = bias_table.table(biased, "scratch", [clean])
     assert figures["clean_teacher"] == str(proof / "teacher")
     assert figures["pictures"] == {"kind": 1, "others": 3}
     assert list(shown) == ["clean teacher", "biased teacher", "scratch", "refine-control"]
@@ -162,6 +162,11 @@ def test_casts_of_finished_runs_against_control_and_twin(proof: Path) -> None:
     assert "| Biased teacher |" in text
     assert text.count("\n| ") == 5
     json.dumps(figures)
+    for plan in (clean, biased):
+        shutil.rmtree(Path(plan.work_dir or plan.output_dir) / "refine-control/seed-0/student")
+    again, pictures, _ = bias_table.table(biased, "scratch", [clean])
+    assert again["rows"] == figures["rows"], "a student that was measured is needed no more"
+    assert all(torch.equal(pictures[name], one) for name, one in shown.items())
 
 
 # The recipes
