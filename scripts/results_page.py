@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 COMPARISONS = (
     "compare-headline",
     "compare-emoji",
+    "compare-long",
     "compare-levels",
     "compare-labels",
     "compare-unlabelled",
