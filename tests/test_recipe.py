@@ -119,6 +119,16 @@ def test_what_does_not_go_with_shards(small: Path) -> None:
         assert "do not work on sharded weights" in refused(small, {"run.shard": "true", f"run.{other}": "true"})
 
 
+def test_what_is_learnt_for_few_steps_is_drawn_with_them(small: Path, tmp_path: Path) -> None:
+    few = {"stage1.num_inference_steps": "2", "stage2.num_inference_steps": "2"}
+    assert "stage1.num_inference_steps 2" in refused(small, few)
+    recipe = load(DistilRecipe, small, few | {"sample.num_inference_steps": "2"})
+    save(recipe, tmp_path / "few.yaml")
+    assert load(DistilRecipe, tmp_path / "few.yaml") == recipe
+    default = load(DistilRecipe, small)
+    assert "num_inference_steps" not in default.model_dump()["stage1"], "what was trained before is still of its recipe"
+
+
 def test_saved_with_overrides_then_loaded_is_equal(small: Path, tmp_path: Path) -> None:
     recipe = load(DistilRecipe, small, {"stage1.steps": "77", "alignment": "{a: b}", "stage2.snr_gamma": "5"})
     save(recipe, tmp_path / "saved.yaml")

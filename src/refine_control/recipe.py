@@ -104,6 +104,8 @@ class StageConfig(Config):
     word_dropout: float = Field(0.0, ge=0, le=1)  # of each word of the captions that are kept
     hole_weight: PositiveFloat = 1.0  # of a pixel to fill against a known one, in the task and output terms
     snr_gamma: PositiveFloat | None = None  # min-SNR weighting (2303.09556); with v it silences pure noise
+    # Only the timesteps that a sampler of so many steps visits are learnt; by default all.
+    num_inference_steps: PositiveInt | None = Field(None, exclude_if=lambda steps: steps is None)
 
 
 class RunConfig(Config):
@@ -189,6 +191,17 @@ class DistilRecipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _draws_as_it_learns(self) -> DistilRecipe:
+        drawn = self.sample.num_inference_steps
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if (learnt := stage.num_inference_steps) not in (None, drawn):
+                raise ValueError(
+                    f"{name}.num_inference_steps {learnt}: only the timesteps of as many steps would be learnt, but "
+                    f"sample.num_inference_steps is {drawn}; set both alike"
+                )
+        return self
+
 
 R = TypeVar("R", bound=Config)
 
@@ -235,6 +248,8 @@ def validate(kind: type[R], tree: dict[str, Any], origin: str) -> R:
             reason = f"unknown key '{key}'; known here: {', '.join(_fields_beside(kind, loc))}"
         elif first["type"] == "missing":
             reason = f"'{key}' is missing"
+        elif not key:  # values that do not go together
+            reason = first["msg"].removeprefix("Value error, ")
         else:
             given = repr(first["input"])
             reason = f"'{key}' = {given if len(given) <= 80 else given[:76] + ' ...'}: {first['msg']}"

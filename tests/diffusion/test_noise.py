@@ -36,7 +36,8 @@ def schedule(prediction_type: str = "v_prediction") -> NoiseSchedule:
 def by_snr(prediction_type: str, *snr: float) -> NoiseSchedule:
     """A schedule whose step i has the i-th signal-to-noise ratio."""
     ratio = torch.tensor(snr)
-    return NoiseSchedule((ratio / (1 + ratio)).sqrt(), (1 / (1 + ratio)).sqrt(), prediction_type)
+    alpha, sigma = (ratio / (1 + ratio)).sqrt(), (1 / (1 + ratio)).sqrt()
+    return NoiseSchedule(alpha, sigma, prediction_type, torch.arange(len(ratio)))
 
 
 @pytest.mark.parametrize("betas", BETAS)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refine_control.diffusion.noise import NoiseSchedule, scheduler_config
+from refine_control.diffusion.noise import NoiseSchedule, sampler_at, scheduler_config
 from refine_control.distill.draw import Draw, draw
 from refine_control.recipe import NoiseConfig
 from tiny import batch
@@ -95,3 +95,13 @@ def test_the_control_hides_the_hole_and_nothing_else() -> None:
     torch.testing.assert_close(control[~hole], (b.image[~hole] + 1) / 2)
     assert hole.any()
     assert not hole.all()
+
+
+def test_a_student_of_few_steps_learns_the_timesteps_that_its_sampler_visits() -> None:
+    config = scheduler_config(NoiseConfig())
+    for steps in (1, 2, 5):
+        schedule = NoiseSchedule.from_config(config, steps)
+        visited = sampler_at(config, steps).timesteps
+        assert set(schedule.timesteps.tolist()) == set(visited.tolist())
+        t = draw(batch(20), torch.zeros(20, 4, 8, 8), schedule).t
+        assert t.unique(return_counts=True)[1].tolist() == [20 // steps] * steps, "each as often as the others"

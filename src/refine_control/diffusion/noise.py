@@ -38,22 +38,32 @@ PREDICTIONS = get_args(NoiseConfig.model_fields["prediction_type"].annotation)
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alpha_t, sigma_t: float32 (T,), alpha^2 + sigma^2 = 1. prediction_type: 'epsilon' | 'sample' | 'v_prediction'."""
+    """alpha_t, sigma_t: float32 (T,), alpha^2 + sigma^2 = 1. prediction_type: 'epsilon' | 'sample' | 'v_prediction'.
+
+    timesteps: int64 (n,), those that training draws, rising.
+    """
 
     alpha: Tensor
     sigma: Tensor
     prediction_type: str
+    timesteps: Tensor
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: dict[str, Any], num_inference_steps: int | None = None) -> NoiseSchedule:
         """From a diffusers scheduler config: betas and their rescaling are diffusers' own arithmetic.
+
+        num_inference_steps: training draws only the timesteps that a sampler of so many steps visits; None: all.
 
         Raises:
             ModelError: see `sampler`.
+            RecipeError: the model has fewer timesteps than that.
         """
         scheduler = sampler(config)
         abar = scheduler.alphas_cumprod.double().clamp(0, 1)
-        return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), scheduler.config.prediction_type)
+        visited = torch.arange(len(abar))
+        if num_inference_steps is not None:
+            visited = sampler_at(config, num_inference_steps).timesteps.sort().values
+        return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), scheduler.config.prediction_type, visited)
 
     def __len__(self) -> int:
         return len(self.alpha)

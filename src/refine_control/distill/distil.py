@@ -183,7 +183,9 @@ class Distiller:
             "controls": self.data.controls,
             "pictures": sets,
             "masks": recipe.masks.model_dump(),
-            "stage": stage.model_dump(include={"batch_size", "labelled_fraction", "caption_dropout", "word_dropout"}),
+            "stage": stage.model_dump(
+                include={"batch_size", "labelled_fraction", "caption_dropout", "word_dropout", "num_inference_steps"}
+            ),
             "seed": seed,
         }
         return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb)

@@ -37,7 +37,8 @@ def draw(
     """
     generator, rows = batch.generator("draw"), list(batch.rows)
     u = (torch.rand(1, generator=generator) + torch.randperm(batch.whole, generator=generator) / batch.whole) % 1
-    t = (u[rows] * len(schedule)).long().clamp_max(len(schedule) - 1)
+    count = len(schedule.timesteps)
+    t = schedule.timesteps[(u[rows] * count).long().clamp_max(count - 1)]
     keep = (torch.rand(batch.whole, generator=generator) >= caption_dropout)[rows]
     eps = batch.noise(tuple(latents.shape[1:]))
     t, eps = t.to(latents.device), eps.to(latents)

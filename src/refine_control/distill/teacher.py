@@ -186,7 +186,7 @@ class TeacherTask(nn.Module):
         self.text_encoder = model.text_encoder.requires_grad_(True)
         self.text_encoder_2 = model.text_encoder_2.requires_grad_(True) if model.text_encoder_2 else None
         self.model, self.stage = model, stage
-        self.schedule = NoiseSchedule.from_config(model.scheduler)
+        self.schedule = NoiseSchedule.from_config(model.scheduler, stage.num_inference_steps)
         self.encoder = Encoder(model, cache_gb)
 
     def forward(self, batch: Batch) -> Losses:
