@@ -19,6 +19,7 @@ COMPARISONS = (
     "compare-headline",
     "compare-emoji",
     "compare-long",
+    "compare-one-step",
     "compare-levels",
     "compare-labels",
     "compare-unlabelled",
