@@ -87,6 +87,17 @@ def test_split_folders(tmp_path: Path) -> None:
         open_dataset(tmp_path, "test")
 
 
+def test_val_and_validation_are_one(tmp_path: Path) -> None:
+    put(tmp_path / "folders/validation/a.png")
+    write_shards([Example("a", IMAGE)], tmp_path / "shards", "validation")
+    for kind in ("folders", "shards"):
+        for split in ("val", "validation"):
+            assert len(open_dataset(tmp_path / kind, split)) == 1
+    put(tmp_path / "folders/val/b.png")
+    assert open_dataset(tmp_path / "folders", "val").keys() == ["b.png"]
+    assert open_dataset(tmp_path / "folders", "validation").keys() == ["a.png"]
+
+
 def test_a_split_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere/a.png")
     put(tmp_path / "set/val/b.png")

@@ -23,9 +23,14 @@ from refine_control.errors import DataError
 from refine_control.files import cores
 
 SPLITS = ("train", "val", "validation", "test")
+SAME = {"val": "validation", "validation": "val"}  # whichever of the two there is
 WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 NUMBER = re.compile(r"([-_]?\d+)?(-of-\d+)?$")
 AT_ONCE = 1000  # examples handed to threads
+
+
+class NoSplitError(DataError):
+    """A folder holds other splits only."""
 
 
 def open_dataset(
@@ -33,12 +38,13 @@ def open_dataset(
 ) -> FolderDataset | ShardDataset:
     """Open `path/SPLIT-*.tar` as shards, else `path/SPLIT` or, where nothing is split, `path` as a folder of images.
 
-    Of shards whose names hold train, val, validation or test somewhere, that is the split, as on the Hugging Face hub.
+    Of shards whose names hold train, val, validation or test somewhere, that is the split, as on the Hugging Face hub;
+    val and validation are one.
     A folder without splits (of shards: all have one name but for their numbers, and it is none of these words) gives
     all its images for every split: keep what you test on elsewhere. lenient: as of `FolderDataset`.
 
-    Raises DataError: no such folder; the folder holds other splits only (they are listed); whatever the dataset
-    itself refuses.
+    Raises DataError: no such folder; the folder holds other splits only (NoSplitError, they are listed); whatever the
+    dataset itself refuses.
     """
     folder = Path(path)
     if not split or "/" in split or split.startswith(".") or any(letter in split for letter in "*?["):
@@ -46,12 +52,14 @@ def open_dataset(
     if not folder.is_dir():
         reason = "is a file; give the folder that it lies in" if folder.exists() else "no such folder; check the path"
         raise DataError(f"{folder}: {reason}")
+    if split not in (names := splits_of(folder)) and SAME.get(split) in names:
+        split = SAME[split]
     if tars := _tars(folder):
         shards = [tar for tar in tars if tar.stem.startswith(f"{split}-") or (_name(tar) or "train") == split]
-        if not shards and len(names := {_name(tar) for tar in tars}) == 1 and names.isdisjoint(SPLITS):
+        if not shards and len(words := {_name(tar) for tar in tars}) == 1 and words.isdisjoint(SPLITS):
             shards = tars  # nothing is split
         if not shards:
-            raise DataError(f"{folder}: no {split!r} shards, only {', '.join(splits_of(folder))}; choose one of these")
+            raise NoSplitError(f"{folder}: no {split!r} shards, only {', '.join(names)}; choose one of these")
         return ShardDataset(shards, max_pixels, lenient)
     if (folder / split).is_dir():
         refuse_escape(folder / split, folder.resolve())
@@ -59,7 +67,7 @@ def open_dataset(
             raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
         return FolderDataset(folder / split, max_pixels, lenient)
     if others := [name for name in SPLITS if (folder / name).is_dir()]:
-        raise DataError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
+        raise NoSplitError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
     return FolderDataset(folder, max_pixels, lenient)
 
 

@@ -13,8 +13,10 @@ from transformers import CLIPTokenizer
 
 from refine_control.claim import claim
 from refine_control.data.batch import Batch
+from refine_control.data.folders import FolderDataset
 from refine_control.data.loader import Loader, Pictures
-from refine_control.data.source import open_usable
+from refine_control.data.shards import ShardDataset
+from refine_control.data.source import Joined, NoSplitError, Paths, open_usable
 from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
@@ -58,19 +60,26 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
 def open_pictures(
     data: DataConfig, split: str = "train", variants: int | None = None
 ) -> tuple[Pictures, Pictures | None]:
-    """The labelled and the plain data set of a recipe, at its resolution."""
+    """The labelled and the plain data set of a recipe, at its resolution. Where there is no 'val', it is 'train'."""
     variants = variants or data.variants
     limit = data.labelled_limit if split == "train" else None
-    labelled = Pictures(open_usable(data.labelled, split, data.skip_corrupt), data, variants, limit)
+    labelled = Pictures(_opened(data.labelled, split, data), data, variants, limit)
     if not any(labelled.text(index) for index in range(labelled.examples)):
         raise DataError(
             f"no picture of '{data.labelled}' has a caption; give each a 'text' in its metadata.jsonl, "
             "or name the folder data.unlabelled"
         )
-    unlabelled = (
-        Pictures(open_usable(data.unlabelled, split, data.skip_corrupt), data, variants) if data.unlabelled else None
-    )
+    unlabelled = Pictures(_opened(data.unlabelled, split, data), data, variants) if data.unlabelled else None
     return labelled, unlabelled
+
+
+def _opened(paths: Paths, split: str, data: DataConfig) -> FolderDataset | ShardDataset | Joined:
+    try:
+        return open_usable(paths, split, data.skip_corrupt)
+    except NoSplitError:
+        if split != "val":  # which is only looked at
+            raise
+        return open_usable(paths, "train", data.skip_corrupt)
 
 
 def check_resolution(model: Model, name: str, data: DataConfig) -> None:
