@@ -6,6 +6,7 @@ python scripts/scale_page.py
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -43,11 +44,14 @@ def counts() -> dict[str, Any]:
         teacher.vae.to("meta").encode(torch.empty(1, 3, teacher.resolution, teacher.resolution, device="meta"))
     vae = counter.get_total_flops() / 1e12
     step = 2 * (cost(teacher.denoiser, teacher).macs + 3 * student.macs) / 1e12
-    hours = {rate: PICTURES * (step + vae) / (GPUS * rate) / 3600 for rate in (25, 50, 100)}
-    step_seconds, gradient = hours[50] * 3600 / (PICTURES / BATCH), 4 * student.parameters
+    rows = PICTURES / (1 - recipe.stage2.labelled_fraction)  # captioned ones are mixed in
+    hours = {rate: rows * (step + vae) / (GPUS * rate) / 3600 for rate in (25, 50, 100)}
+    step_seconds, gradient = hours[50] * 3600 / (rows / BATCH), 4 * student.parameters
     return {
         "batch": BATCH,
-        "steps": PICTURES / BATCH,
+        "captioned": recipe.stage2.labelled_fraction,
+        "stage1_steps": math.ceil(recipe.stage1.steps * recipe.stage1.batch_size / BATCH),
+        "steps": math.ceil(rows / BATCH),
         "tflop": step + vae,
         "tflop_step": step,
         "tflop_vae": vae,
@@ -57,7 +61,7 @@ def counts() -> dict[str, Any]:
         "rows": foot.rows,
         "latents_kb": foot.latents / 1e3,
         "latents_tb": PICTURES * foot.latents / 1e12,
-        "read_rate": PICTURES / (hours[50] * 3600) / HOSTS,
+        "read_rate": rows / (hours[50] * 3600) / HOSTS,
         "step_seconds": step_seconds,
         "gradient_mb": gradient / 1e6,
         "exchange_ms": 2e3 * gradient / NETWORK,
