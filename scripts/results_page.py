@@ -28,6 +28,8 @@ COMPARISONS = (
 SHORT = ("compare-headline", "compare-emoji")  # students of two sizes
 SHORT_ROWS = ("scratch", "output-kd", "refine-control", "feedforward")
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
+EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
+FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
 
@@ -96,7 +98,8 @@ def sampler_steps() -> list[str]:
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     """What `refine-control bench` measured."""
     how, on = measured["settings"], measured["machine"]
-    lines = [f"## {title}", "", f"`{measured['command']}`", "", table_of_bench(measured, " | ")]
+    lines = [f"## {title}", "", f"`{measured['command']}`, of exports by", "", f"`{EXPORT}`", ""]
+    lines.append(table_of_bench(measured, " | "))
     scored = measured["rows"][0].get("provenance")
     said = f"scores in the hole of {scored['n']} held-out pictures ({scored['extractor']})" if scored else "no scores"
     lines += [
@@ -153,14 +156,14 @@ def in_short() -> list[str]:
         claims = [claim["holds"] for claim in one["claims"]]
         rows = {claim["against"] for claim in one["claims"]} - {None}
         smaller = teacher["params"] / one["rows"][one["ours"]]["params"]
-        held.append(f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller ({len(rows)} such rows)")
+        held.append(f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller, beside {len(rows)} rows")
     scored = measured[0]["extractors"][0]
     said = (
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
         f"{scored['extractor']}; mean ± standard deviation over training seeds; steps, pictures and noise are the same "
-        "for every row but the feed-forward one. Of the claims that the proof is to show in two domains (above scratch "
-        "and all rows that distil into the same student for as many steps; near the teacher) there hold "
-        f"{', '.join(held)}."
+        "for every row but the feed-forward one. Of what the proof is to show, in each of two domains (better than "
+        "from scratch and than each other loss with the same student and steps; near the teacher), hold "
+        f"{'; '.join(held)}."
     )
     return [*lines, "", said]
 
@@ -205,7 +208,7 @@ def page() -> str:
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
         lines += by_domain(rows)
     for name in COMPARISONS:
-        lines += compared(name, [f"refine-control compare recipes/{name}.yaml"])
+        lines += compared(name, [*FIRST.get(name, []), f"refine-control compare recipes/{name}.yaml"])
     lines += bias()
     lines += sampler_steps()
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
@@ -214,7 +217,12 @@ def page() -> str:
     if full := read("edge-full-size/bench.json"):
         lines += full_size(full)
     if browser := read("benchmark-page.json"):
-        lines += ["## In the browser", "", "`python benchmarks/page.py runs/edge/site`", ""]
+        lines += [
+            "## In the browser",
+            "",
+            "`python benchmarks/page.py runs/edge/site`, its first lines say of what",
+            "",
+        ]
         lines += [f"| | a picture, {browser['steps']} steps (ms) | a step (ms) | |", "|---|---|---|---|"]
         for name, taken in browser["models"].items():
             cells = [

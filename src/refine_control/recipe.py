@@ -48,7 +48,7 @@ class DataConfig(Config):
 
 
 class MaskConfig(Config):
-    """Relative frequency of each kind of mask (LaMa's strokes and boxes, METRICS: Masks)."""
+    """Relative frequency of each kind of mask (LaMa's strokes and boxes, see data/masks.py)."""
 
     thin: float = Field(1, ge=0)
     medium: float = Field(1, ge=0)
@@ -72,7 +72,7 @@ class NoiseConfig(Config):
 
 
 class LossWeights(Config):
-    """w of METHOD.md: L = w_task L_task + w_out L_out + w_feat L_feat."""
+    """w of docs/method.md: L = w_task L_task + w_out L_out + w_feat L_feat."""
 
     task: float = Field(1, ge=0)
     output: float = Field(0, ge=0)
