@@ -79,6 +79,13 @@ def test_a_comparison_may_name_the_teacher_of_all_its_rows_and_a_row_may_not(bas
     assert "all rows have one teacher; set 'teacher' for the whole comparison" in refused(path)
 
 
+def test_the_teacher_is_drawn_as_all_rows_are(base: Path) -> None:
+    few = {"sample.num_inference_steps": 1, "evaluate": {"images": 5}, "stages.num_inference_steps": 1}
+    plan, _ = load(tiny.write_comparison(base, set=few), {})
+    for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
+        assert (recipe.sample.num_inference_steps, recipe.evaluate.images) == (1, 5)
+
+
 def test_each_layer_lies_over_those_below_it(base: Path) -> None:
     rows = {"a": {"set": {"stages.learning_rate": 0.2}}, "b": {"set": {"stage2.learning_rate": 0.3}}}
     path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.1})

@@ -15,6 +15,7 @@ from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
 TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
+DRAWS = ("sample", "evaluate")  # if a comparison sets them, its teacher is drawn and scored so too
 
 
 class RowPlan(Config):
@@ -117,8 +118,9 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
 
 
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
-    """The base with the comparison's own teacher: it names the teacher, and the held-out pictures of every row."""
-    return _recipe(plan, [{key: plan.set[key] for key in TEACHES if key in plan.set}, overrides])
+    """The base with the comparison's own teacher and sampler: of the teacher's row, and of every row's pictures."""
+    shared = {key: value for key, value in plan.set.items() if key.split(".")[0] in TEACHES + DRAWS}
+    return _recipe(plan, [shared, overrides])
 
 
 def runs(plan: CompareRecipe, overrides: dict[str, str], once: Sequence[str] = ()) -> list[Run]:
