@@ -133,6 +133,19 @@ def test_generate_fills_the_hole_and_keeps_the_rest(workplace: Path, tmp_path: P
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "filled.png")), filled)
 
 
+def test_generate_asks_at_no_timesteps_that_were_not_learnt(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "picture.png")
+    few = replace(tiny.tiny_model(), usual=SampleConfig(num_inference_steps=2), only_steps=2)
+    store.save(few, tmp_path / "of-two-steps")
+    argv = ["generate", "--model", str(tmp_path / "of-two-steps"), "--out", str(tmp_path / "filled.png")]
+    argv += ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "picture.png")]
+    assert main(argv) == 0
+    assert main([*argv, "--num_inference_steps", "3"]) == 2
+    assert "has learnt the timesteps of 2 step(s) alone" in capsys.readouterr().err
+
+
 def test_data_prepare_then_check(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
     assert main(["data", "prepare", str(workplace / "captioned"), "--out", str(out), "--resolution", "16"]) == 0

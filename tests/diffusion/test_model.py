@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from refine_control.diffusion.build import build_autoencoder, build_text_encoder, build_tokenizer
 from refine_control.diffusion.model import Model
-from refine_control.diffusion.store import USUAL_KEY, load, resolve, save
+from refine_control.diffusion.store import ONLY_KEY, USUAL_KEY, load, resolve, save
 from refine_control.diffusion.text import Text
 from refine_control.errors import ModelError
 from refine_control.recipe import SampleConfig
@@ -105,9 +105,12 @@ def test_a_failing_save_leaves_the_older_model(model: Model, tmp_path: Path, mon
 def test_a_model_says_how_it_is_drawn(model: Model, folder: Path, tmp_path: Path) -> None:
     save(replace(model, usual=SampleConfig(num_inference_steps=3, guidance_scale=1.5, seed=7)), tmp_path / "three")
     assert load(str(tmp_path / "three")).usual == SampleConfig(num_inference_steps=3, guidance_scale=1.5)
-    index = json.loads((folder / "model_index.json").read_text()) | {USUAL_KEY: {"num_inference_steps": 0}}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    assert "num_inference_steps' = 0" in refused(folder)
+    save(replace(model, only_steps=3), tmp_path / "three-alone")
+    assert [load(str(tmp_path / name)).only_steps for name in ("three", "three-alone")] == [None, 3]
+    for wrong in ({USUAL_KEY: {"num_inference_steps": 0}}, {ONLY_KEY: 0}):
+        index = json.loads((tmp_path / "three/model_index.json").read_text()) | wrong
+        (folder / "model_index.json").write_text(json.dumps(index))
+        assert "num_inference_steps' = 0" in refused(folder)
 
 
 def noise_of(model: Model) -> dict:

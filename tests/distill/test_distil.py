@@ -67,6 +67,13 @@ def test_the_student_is_a_stock_pipeline_with_its_teachers_ears_and_eyes(finishe
     assert drawn.images.shape == (1, 3, 16, 16)
 
 
+def test_a_student_of_one_step_says_so(recipe: DistilRecipe, tmp_path: Path) -> None:
+    one = {"num_inference_steps": 1}
+    sample = recipe.sample.model_copy(update=one)
+    few = into(recipe, tmp_path / "run", stage1=stage(1, **one), stage2=stage(0), sample=sample)
+    assert load(str(distil(few))).only_steps == 1
+
+
 def test_the_run_keeps_its_recipe_its_losses_and_its_previews(finished: Path, recipe: DistilRecipe) -> None:
     folder = finished.parent
     assert recipes.load(DistilRecipe, folder / "recipe.yaml") == recipe

@@ -48,6 +48,7 @@ def test_a_seed_draws_what_torch_draws(
 def test_every_graph_is_near_torch_and_the_manifest_says_how_near(exported: Exported, to: str, precision: str) -> None:
     manifest = student_in(exported(to, precision)).manifest
     assert manifest["defaults"] == {"num_inference_steps": 5, "guidance_scale": 2}
+    assert manifest["only_steps"] is None
     errors = {k: v for k, v in manifest["parity"].items() if k != "what"}
     assert set(errors) == {"text_encoder", "condition", "denoiser", "vae_encoder", "vae_decoder"}
     assert 0 < max(errors.values()) < (1e-4 if precision == "fp32" else 2e-2)

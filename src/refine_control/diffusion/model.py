@@ -169,6 +169,7 @@ class Model:
     empty_is_zeros: the empty caption is all zeros instead of the encoded ''. The empty caption always means "no
     caption": it is what dropped captions train on, what plain pictures carry and what guidance points away from.
     usual: how it draws where nothing else is said; a student as its recipe sampled it.
+    only_steps: the one number of sampler steps whose timesteps it has learnt; None: all.
     """
 
     denoiser: Denoiser
@@ -180,6 +181,7 @@ class Model:
     tokenizer_2: CLIPTokenizer | None = None
     empty_is_zeros: bool = False
     usual: SampleConfig = field(default_factory=SampleConfig)
+    only_steps: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ from refine_control.diffusion.trial import try_out
 from refine_control.diffusion.weights import check_config, check_files, check_names, check_weights, read_json
 from refine_control.errors import ModelError, refusal
 from refine_control.files import is_known, put_in_place, sync
-from refine_control.recipe import SampleConfig, validate
+from refine_control.recipe import SampleConfig, StageConfig, validate
 
 disable_progress_bar()  # one bar for each file of a model says nothing
 
@@ -44,6 +44,7 @@ PARTS: dict[str, Any] = {
 XL_PARTS: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
 FORMAT, FORMAT_KEY = 1, "_refine_control_format"  # in model_index.json; stock pipelines, and our first ones, have none
 USUAL_KEY, USUAL = "_refine_control_sample", ("num_inference_steps", "guidance_scale")  # there too: Model.usual
+ONLY_KEY = "_refine_control_only_steps"  # there too: Model.only_steps, where it is not None
 FOLDERS = "|".join([*PARTS, *XL_PARTS, "scheduler"])
 
 
@@ -65,6 +66,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     try:
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
         ours = {FORMAT_KEY: FORMAT, USUAL_KEY: model.usual.model_dump(include={*USUAL})}
+        ours |= {ONLY_KEY: model.only_steps} if model.only_steps else {}
         index = read_json(aside / "model_index.json") | ours
         (aside / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         for path in aside.rglob("*"):
@@ -152,6 +154,7 @@ def _read_model(folder: Path, nets: list[ControlNetModel]) -> Model:
         scheduler=complete(scheduler),
         empty_is_zeros=is_xl and index.get("force_zeros_for_empty_prompt", True),
         usual=validate(SampleConfig, index.get(USUAL_KEY, {}), USUAL_KEY),
+        only_steps=validate(StageConfig, {"num_inference_steps": index.get(ONLY_KEY)}, ONLY_KEY).num_inference_steps,
         **parts,
     )
 

@@ -88,7 +88,9 @@ class Distiller:
         for name, loader in loaders.items():
             self._train(folder / name, student, bridges, getattr(recipe, name), loader, recipe, method)
         if self.team.is_main_process:
-            store.save(replace(self.teacher, denoiser=student, usual=recipe.sample), folder / "student")
+            only = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
+            learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only)
+            store.save(learnt, folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
 

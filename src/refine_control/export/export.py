@@ -199,6 +199,7 @@ def _describe(model: Model, title: str, to: Target, precision: Precision) -> dic
             "empty_is_zeros": model.empty_is_zeros,
         },
         "defaults": model.usual.model_dump(include={*USUAL}),
+        "only_steps": model.only_steps,
     }
 
 

@@ -150,7 +150,8 @@ async function fill() {
   setState("done", "Done.");
 }
 
-async function fillWith(model, request, frame) {
+async function fillWith(model, shared, frame) {
+  const request = { ...shared, steps: model.manifest.only_steps ?? shared.steps }; // all that it has learnt
   let spent = 0;
   setState("busy", `${model.name} draws…`);
   setProgress(0);
