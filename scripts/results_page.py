@@ -25,8 +25,11 @@ COMPARISONS = (
     "compare-unlabelled",
     "compare-schedule",
 )
-SHORT = ("compare-headline", "compare-emoji")  # students of two sizes
-SHORT_ROWS = ("scratch", "output-kd", "refine-control", "feedforward")
+SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
+    "compare-headline": ("teacher", "scratch", "output-kd", "refine-control"),
+    "compare-emoji": ("scratch", "output-kd", "refine-control"),
+    "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
+}
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
@@ -139,38 +142,45 @@ def full_size(measured: dict[str, Any]) -> list[str]:
 
 def in_short() -> list[str]:
     """The labelled domain of the headline comparisons, some rows of each; and how many of their claims hold."""
-    measured = [one for name in SHORT if (one := read(f"{name}/scores.json"))]
+    measured = {name: one for name in SHORT if (one := read(f"{name}/scores.json"))}
     if not measured:
         return []
-    teacher = measured[0]["rows"]["teacher"]
-    metrics = list(teacher["mean"]["labelled"])
+    first = next(iter(measured.values()))
+    metrics = list(first["rows"]["teacher"]["mean"]["labelled"])
     names = [f"{metric.partition('[')[0]} {arrow(metric)}" for metric in metrics]
-    lines = [f"| | parameters | {' | '.join(names)} | seeds |", "|---|---:|" + "---:|" * (len(metrics) + 1)]
-    lines.append(_short_line(teacher, metrics, teacher["label"]))
+    lines = [
+        f"| | parameters | forwards | {' | '.join(names)} | seeds |",
+        "|---|---:|---:|" + "---:|" * (len(metrics) + 1),
+    ]
     held = []
-    for one in measured:
-        for row in (row for row in SHORT_ROWS if row in one["rows"]):
-            entry = one["rows"][row]
-            label = f"{teacher['params'] / entry['params']:.1f}x smaller: {entry['label']}"
-            lines.append(_short_line(entry, metrics, label))
+    for name, one in measured.items():
+        rows, (steps, guidance) = one["rows"], one["samplers"][0]
+        forwards = steps * (2 if guidance > 1 else 1)
+        for row in (row for row in SHORT[name] if row in rows):
+            smaller = rows["teacher"]["params"] / rows[row]["params"]
+            label = rows[row]["label"] if row == "teacher" else f"{smaller:.1f}x smaller: {rows[row]['label']}"
+            lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
         claims = [claim["holds"] for claim in one["claims"]]
-        rows = {claim["against"] for claim in one["claims"]} - {None}
-        smaller = teacher["params"] / one["rows"][one["ours"]]["params"]
-        held.append(f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller, beside {len(rows)} rows")
-    scored = measured[0]["extractors"][0]
+        rivals = {claim["against"] for claim in one["claims"]} - {None}
+        smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
+        held.append(
+            f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller with {forwards} forward(s), beside "
+            f"{len(rivals)} rows"
+        )
+    scored = first["extractors"][0]
     said = (
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
-        f"{scored['extractor']}; mean ± standard deviation over training seeds; steps, pictures and noise are the same "
-        "for every row but the feed-forward one. Of what the proof is to show, in each of two domains (better than "
-        "from scratch and than each other loss with the same student and steps; near the teacher), hold "
-        f"{'; '.join(held)}."
+        f"{scored['extractor']}; mean ± standard deviation over training seeds; forwards: of the denoiser, for a "
+        "picture; training steps, pictures and noise are the same for every row but the feed-forward one. Of what the proof is "
+        "to show, in each of two domains (better than from scratch and than each other loss with the same student and "
+        f"steps; near the teacher), hold {'; '.join(held)}."
     )
     return [*lines, "", said]
 
 
-def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str) -> str:
+def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str, forwards: int) -> str:
     cells = [cell(*(entry[kind]["labelled"][metric]["hole"] for kind in ("mean", "spread"))) for metric in metrics]
-    return f"| {label} | {entry['params'] / 1e6:.1f} M | {' | '.join(cells)} | {len(entry['runs'])} |"
+    return f"| {label} | {entry['params'] / 1e6:.1f} M | {forwards} | {' | '.join(cells)} | {len(entry['runs'])} |"
 
 
 def in_readme(text: str) -> str:
