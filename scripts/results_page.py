@@ -172,8 +172,8 @@ def in_short() -> list[str]:
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
         f"{scored['extractor']}; mean ± standard deviation over training seeds; forwards: of the denoiser, for a "
         "picture; training steps, pictures and noise are the same for every row but the feed-forward one. Of what the "
-        "proof is to show, in each of two domains (better than from scratch and than each other loss with the same student and "
-        f"steps; near the teacher), hold {'; '.join(held)}."
+        "proof is to show, in each of two domains (better than from scratch and than each other loss with the same "
+        f"student and steps; near the teacher), hold {'; '.join(held)}."
     )
     return [*lines, "", said]
 
