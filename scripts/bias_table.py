@@ -41,7 +41,7 @@ from refine_control.evaluate.domains import Domain, drawn, evaluate_model
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
-from refine_control.recipe import DistilRecipe, TeacherRecipe
+from refine_control.recipe import DistilRecipe, TeacherRecipe, validate
 from refine_control.recipe import load as load_recipe
 
 Casts = dict[str, Any]  # of one model: "kind" and "others", each a mean over pictures; of a student its shares too
@@ -114,16 +114,25 @@ def finished(plan: CompareRecipe) -> list[tuple[Run, dict[str, Any]]]:
     return found
 
 
-def measured(run: Run, result: Mapping[str, Any], ruler: Ruler, domains: dict[str, Domain]) -> Casts | None:
-    """The cast of what the run's student draws, kept with some of the pictures; None where neither is there."""
-    kept, of = run.out / "cast.json", [result["identity"], ruler.kind, list(ruler.shift)]
-    if kept.is_file() and (before := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
-        return before["cast"]
+def measured(
+    run: Run, result: Mapping[str, Any], recipe: DistilRecipe, ruler: Ruler, domains: dict[str, Domain]
+) -> Casts | None:
+    """The cast of what the run's student draws, kept with some of the pictures; None where neither is there.
+
+    recipe: whose sampler it is drawn with.
+    """
+    kept, strip_of_it = run.out / "cast.json", run.out / "cast.png"
+    heldout, sample = domains["labelled"].heldout.fingerprint(), recipe.sample.model_dump(mode="json")
+    of = json.loads(json.dumps([result["identity"], ruler.kind, ruler.shift, heldout, sample]))
+    if kept.is_file() and strip_of_it.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before.get("of") == of:
+            return before["cast"]
     if not (run.work / "student").is_dir():
         return None
-    pictures = pictures_of(run.work / "student", run.work, run.recipe, domains)
+    pictures = pictures_of(run.work / "student", run.work, recipe, domains)
     casts = ruler.measure(pictures)
-    save_grid(run.out / "cast.png", [pictures[ruler.shown] * 2 - 1], 1)
+    save_grid(strip_of_it, [pictures[ruler.shown] * 2 - 1], 1)
     write_whole(kept, json.dumps({"of": of, "cast": casts}))
     return casts
 
@@ -141,7 +150,7 @@ def twins_in(plans: Iterable[CompareRecipe], clean: str) -> dict[str, tuple[Run,
 
 
 def _all_but_teacher(result: Mapping[str, Any]) -> str:
-    recipe = DistilRecipe.model_validate(result["recipe"])
+    recipe = validate(DistilRecipe, result["recipe"], "run.json")
     learns = {key: value for key, value in learnt(recipe).items() if key not in TEACHES}
     contents = {key: value for key, value in result["contents"].items() if key != "teacher"}
     return json.dumps([learns, contents], sort_keys=True)
@@ -176,13 +185,13 @@ def table(
     known = twins_in(twins, taught.init_from)
     casts: dict[str, dict[int, Casts]] = {}
     for run, result in finished(plan):
-        if run.row == TEACHER or not (one := measured(run, result, ruler, shop.domains)):
+        if not (one := measured(run, result, run.recipe, ruler, shop.domains)):
             continue
         casts.setdefault(run.row, {})[run.seed] = one
         if run.row not in shown:
             shown[run.row] = strip(run)
         twin = known.get(_all_but_teacher(result))
-        if twin and (other := measured(*twin, ruler, shop.domains)):
+        if twin and (other := measured(*twin, run.recipe, ruler, shop.domains)):
             one["twin"] = other["kind"]
     if not casts:
         raise UserError(f"no run of '{plan.output_dir}' is finished with its student in '{work}'")

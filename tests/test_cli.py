@@ -143,7 +143,7 @@ def test_generate_asks_at_no_timesteps_that_were_not_learnt(
     argv += ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "picture.png")]
     assert main(argv) == 0
     assert main([*argv, "--num_inference_steps", "3"]) == 2
-    assert "has learnt the timesteps of 2 step(s) alone" in capsys.readouterr().err
+    assert "the model has learnt the timesteps of 2 step(s) alone" in capsys.readouterr().err
 
 
 def test_data_prepare_then_check(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,11 @@ class TeacherRecipe(Config):
     sample: SampleConfig = SampleConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _draws_as_it_learns(self) -> TeacherRecipe:
+        _refuse_other_steps(self.sample, denoiser_stage=self.denoiser_stage)
+        return self
+
 
 class DistilRecipe(Config):
     """`refine-control distill`: the student's plan, stage 1 (labelled) and stage 2 (plain images mixed in)."""
@@ -193,14 +198,17 @@ class DistilRecipe(Config):
 
     @model_validator(mode="after")
     def _draws_as_it_learns(self) -> DistilRecipe:
-        drawn = self.sample.num_inference_steps
-        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
-            if (learnt := stage.num_inference_steps) not in (None, drawn):
-                raise ValueError(
-                    f"{name}.num_inference_steps {learnt}: only the timesteps of as many steps would be learnt, but "
-                    f"sample.num_inference_steps is {drawn}; set both alike"
-                )
+        _refuse_other_steps(self.sample, stage1=self.stage1, stage2=self.stage2)
         return self
+
+
+def _refuse_other_steps(sample: SampleConfig, **stages: StageConfig) -> None:
+    for name, stage in stages.items():
+        if (learnt := stage.num_inference_steps) not in (None, sample.num_inference_steps):
+            raise ValueError(
+                f"{name}.num_inference_steps {learnt}: only the timesteps of as many steps would be learnt, but "
+                f"sample.num_inference_steps is {sample.num_inference_steps}; set both alike"
+            )
 
 
 R = TypeVar("R", bound=Config)

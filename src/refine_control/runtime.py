@@ -162,6 +162,8 @@ class Student:
         control: (1, 3, S, S), known pixels in [0, 1], pixels to fill -1; None for a model without a module.
         on_step: is told each step's number and the clean latents that it foresees.
         """
+        if (only := self.manifest.get("only_steps")) not in (None, steps):
+            raise ExportError(f"{steps} steps: the model has learnt the timesteps of {only} alone; ask for as many")
         if not 1 <= guidance < math.inf:
             raise ExportError(f"guidance {guidance} is no number from 1 up; 1 is without")
         guided = guidance > 1

@@ -86,6 +86,14 @@ def test_the_teacher_is_drawn_as_all_rows_are(base: Path) -> None:
         assert (recipe.sample.num_inference_steps, recipe.evaluate.images) == (1, 5)
 
 
+def test_a_comparison_over_a_student_of_few_steps_may_ask_for_others(base: Path) -> None:
+    one = {"stage1.num_inference_steps": "1", "stage2.num_inference_steps": "1", "sample.num_inference_steps": "1"}
+    recipes.save(recipes.load(DistilRecipe, base, one), base)
+    two = {"stages.num_inference_steps": 2, "sample.num_inference_steps": 2}
+    plan, _ = load(tiny.write_comparison(base, set=two), {})
+    assert base_recipe(plan, {}).sample == runs(plan, {})[0].recipe.sample
+
+
 def test_each_layer_lies_over_those_below_it(base: Path) -> None:
     rows = {"a": {"set": {"stages.learning_rate": 0.2}}, "b": {"set": {"stage2.learning_rate": 0.3}}}
     path = tiny.write_comparison(base, rows, set={"stage1.learning_rate": 0.1})

@@ -91,6 +91,7 @@ def test_claims_hold_by_their_figures() -> None:
     }
     found = {c.text: c for c in claims("refine-control", table, ["output-kd", "fitnets"])}
     assert found["labelled: above scratch in 2 of 2"].holds
+    assert {claim.against for claim in found.values()} == {"scratch", "output-kd", None}
     assert not found["labelled: above output-kd in 1 of 2"].holds, "one is worse beyond the spread"
     assert "worse: fid[x]" in found["labelled: above output-kd in 1 of 2"].figures
     assert not any("fitnets" in text for text in found), "two seeds are no claim"

@@ -71,7 +71,19 @@ def test_a_student_of_one_step_says_so(recipe: DistilRecipe, tmp_path: Path) -> 
     one = {"num_inference_steps": 1}
     sample = recipe.sample.model_copy(update=one)
     few = into(recipe, tmp_path / "run", stage1=stage(1, **one), stage2=stage(0), sample=sample)
-    assert load(str(distil(few))).only_steps == 1
+    student = distil(few)
+    assert load(str(student)).only_steps == 1
+    taught = into(recipe, tmp_path / "taught", teacher=str(student))
+    with pytest.raises(RecipeError, match=r"has learnt the timesteps of 1 step\(s\) alone; set stage1\.num_inference"):
+        distil(taught)
+
+
+def test_what_the_teacher_made_of_few_timesteps_is_kept_apart(recipe: DistilRecipe, tmp_path: Path) -> None:
+    data = recipe.data.model_copy(update={"cache_dir": str(tmp_path), "teacher_cache_gb": 0.1})
+    distiller = Distiller(recipe.teacher, data, recipe.run)
+    stages = (stage(1), stage(1, num_inference_steps=1), stage(1, num_inference_steps=2))
+    kept = [distiller._kept_steps(recipe, one, 0) for one in stages]
+    assert len({steps.folder for steps in kept if steps}) == 3
 
 
 def test_the_run_keeps_its_recipe_its_losses_and_its_previews(finished: Path, recipe: DistilRecipe) -> None:

@@ -14,7 +14,8 @@ from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser, Model
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges, automatic_map
-from refine_control.distill.stages import Distillation
+from refine_control.distill.stages import Distillation, teacher_features
+from refine_control.errors import RecipeError
 from refine_control.plans import DenoiserPlan
 from refine_control.recipe import StageConfig
 from refine_control.student.plan import probe
@@ -31,6 +32,25 @@ def bridged(student: Denoiser, teacher: Model) -> Bridges:
 def terms_of(teacher: Model, config: StageConfig, rows: Batch, student: Denoiser | None = None) -> dict[str, Tensor]:
     student = student or tiny_denoiser(STUDENT, seed=1)
     return Distillation(student, teacher, bridged(student, teacher), Encoder(teacher, 0.1), config)(rows)
+
+
+def test_a_stage_of_few_steps_asks_at_their_timesteps_alone() -> None:
+    teacher, student = tiny_model().freeze(), tiny_denoiser(STUDENT, seed=1)
+    encoder, two, one = Encoder(teacher, 0.1), stage(num_inference_steps=2), stage(num_inference_steps=1)
+    learning = Distillation(student, teacher, bridged(student, teacher), encoder, two)
+    asked: dict[str, list[int]] = {"student": [], "teacher": []}
+    student.register_forward_hook(lambda _, inputs, __: asked["student"].extend(inputs[1].tolist()))
+    teacher.denoiser.register_forward_hook(lambda _, inputs, __: asked["teacher"].extend(inputs[1].tolist()))
+    learning(batch(4))
+    assert {name: sorted(t) for name, t in asked.items()} == {name: [499, 499, 999, 999] for name in asked}
+    asked["teacher"].clear()
+    assert list(teacher_features((), teacher, encoder, one, [batch(4)])) == [{}]
+    assert asked["teacher"] == [999] * 4, "the norms of features are of these too"
+
+
+def test_min_snr_that_silences_all_that_is_learnt_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"snr_gamma 5\.0 gives the timesteps of num_inference_steps 1 no weight"):
+        terms_of(tiny_model().freeze(), stage(num_inference_steps=1, snr_gamma=5), batch(2))
 
 
 def runs_of(network: nn.Module) -> list[None]:

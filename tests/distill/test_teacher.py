@@ -1,13 +1,19 @@
 """The teacher's own training, end to end on a few pictures."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from refine_control.diffusion.store import load
-from refine_control.distill.teacher import Reconstruction, TeacherTask, _fresh_or_loaded, open_pictures, train_teacher
+from refine_control.distill.teacher import (
+    Reconstruction,
+    TeacherTask,
+    _fresh_or_loaded,
+    open_pictures,
+    open_shown,
+    train_teacher,
+)
 from refine_control.errors import DataError
 from refine_control.recipe import SampleConfig, TeacherRecipe
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
@@ -62,11 +68,10 @@ def test_without_a_val_split_what_is_trained_on_is_shown(recipe: TeacherRecipe, 
     for split in ("train", "test"):
         write_folder(tmp_path / split, 4)
     data = recipe.data.model_copy(update={"labelled": str(tmp_path), "unlabelled": None})
-    shown, trained, tested = (open_pictures(data, split)[0].dataset.files() for split in ("val", "train", "test"))
-    assert shown == trained != tested
-    shutil.rmtree(tmp_path / "test")
-    with pytest.raises(DataError, match="no 'test' folder, only train"):
-        open_pictures(data, "test")
+    trained, tested = (open_pictures(data, split)[0].dataset.files() for split in ("train", "test"))
+    assert open_shown(data)[0].dataset.files() == trained != tested
+    with pytest.raises(DataError, match="no 'val' folder, only train, test"):
+        open_pictures(data, "val")
 
 
 def test_latents_have_about_unit_variance(folder: Path, recipe: TeacherRecipe) -> None:

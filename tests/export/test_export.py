@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.sample import fill
 from refine_control.errors import ModelError, UserError
 from refine_control.export import onnx, parity
-from refine_control.export.export import export_model, summary
+from refine_control.export.export import _describe, export_model, summary
 from refine_control.recipe import SampleConfig
 from refine_control.runtime import MANIFEST, ExportError, Student
 from tiny import SIDE, plan, tiny_denoiser, tiny_model
@@ -292,6 +293,16 @@ def test_known_pixels_stay_and_the_hole_does_not(exported: Exported) -> None:
     filled = student.fill(picture, hole, "a red cat", 4, 2.0, 7)
     np.testing.assert_array_equal(filled[hole == 0], picture[hole == 0])
     assert (filled[hole == 1] != picture[hole == 1]).any()
+
+
+def test_a_student_of_few_steps_draws_with_no_other_number(exported: Exported) -> None:
+    assert _describe(replace(tiny_model(), only_steps=2), "of two steps", "onnx", "fp32")["only_steps"] == 2
+    student = Student(exported("onnx", "fp32"))
+    student.manifest["only_steps"] = 2
+    picture, hole = np.zeros((SIDE, SIDE, 3), np.uint8), np.ones((SIDE, SIDE), np.uint8)
+    student.fill(picture, hole, "", 2, 1.0, 0)
+    with pytest.raises(ExportError, match="3 steps: the model has learnt the timesteps of 2 alone"):
+        student.fill(picture, hole, "", 3, 1.0, 0)
 
 
 @pytest.mark.parametrize("guidance", [0.5, -3.0, math.inf, math.nan])

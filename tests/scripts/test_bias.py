@@ -20,7 +20,7 @@ from refine_control.compare.runs import Workshop, finish
 from refine_control.data.source import open_dataset
 from refine_control.distill.teacher import train_teacher
 from refine_control.errors import UserError
-from refine_control.recipe import EvaluateConfig, TeacherRecipe
+from refine_control.recipe import EvaluateConfig, SampleConfig, TeacherRecipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALONG = (-0.5, 1.0, -0.5)
@@ -167,6 +167,11 @@ def test_casts_of_finished_runs_against_control_and_twin(proof: Path) -> None:
     again, pictures, _ = bias_table.table(biased, "scratch", [clean])
     assert again["rows"] == figures["rows"], "a student that was measured is needed no more"
     assert all(torch.equal(pictures[name], one) for name, one in shown.items())
+    run, result = next(one for one in bias_table.finished(biased) if one[0].row == "refine-control")
+    domains = Workshop(base_recipe(biased, {})).domains
+    other = run.recipe.model_copy(update={"sample": SampleConfig(num_inference_steps=7)})
+    assert bias_table.measured(run, result, run.recipe, ruler, domains)
+    assert bias_table.measured(run, result, other, ruler, domains) is None, "drawn otherwise it is another cast"
 
 
 # The recipes

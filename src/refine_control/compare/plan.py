@@ -15,6 +15,7 @@ from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
 TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
+LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
 DRAWS = ("sample", "evaluate")  # if a comparison sets them, its teacher is drawn and scored so too
 
 
@@ -119,7 +120,7 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
 
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
     """The base with the comparison's own teacher and sampler: of the teacher's row, and of every row's pictures."""
-    shared = {key: value for key, value in plan.set.items() if key.split(".")[0] in TEACHES + DRAWS}
+    shared = {k: v for k, v in plan.set.items() if k.split(".")[0] in TEACHES + DRAWS or k.endswith(LEARNT)}
     return _recipe(plan, [shared, overrides])
 
 

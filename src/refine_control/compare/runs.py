@@ -124,6 +124,7 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
             "recipe": recipe.model_dump(mode="json"), **_scored(run, recipe, distiller, rival, method, shop.domains),
             "trained_seconds": trained_seconds(run.work),
         }  # fmt: skip
+        _keep_losses(run)
         write_whole(run.out / "run.json", json.dumps(_rounded(result)))
         return result
 
@@ -191,6 +192,14 @@ def beginning(recipe: DistilRecipe, contents: dict[str, str], settings: dict[str
         learns["data"] = {key: value for key, value in learns["data"].items() if key != "unlabelled"}
         contents = {key: value for key, value in contents.items() if key != "data.unlabelled"}
     return json.dumps([learns, contents, settings], sort_keys=True)
+
+
+def _keep_losses(run: Run) -> None:
+    """stage1-losses.jsonl, stage2-losses.jsonl beside the result, for the page when work_dir is gone."""
+    for stale in run.out.glob("stage*-losses.jsonl"):
+        stale.unlink()
+    for log in run.work.glob("stage*/losses.jsonl"):
+        write_whole(run.out / f"{log.parent.name}-losses.jsonl", log.read_text(encoding="utf-8"))
 
 
 def trained_seconds(folder: Path) -> float | None:

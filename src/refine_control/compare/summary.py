@@ -181,12 +181,8 @@ def _page(
 
 
 def _curves(run: Run) -> list[Path]:
-    """The losses of each stage, kept beside the run's result: the page needs them when work_dir is gone."""
-    kept = []
-    for stage in STAGES:
-        log, beside = run.work / stage / "losses.jsonl", run.out / f"{stage}-losses.jsonl"
-        if log.is_file():
-            write_whole(beside, log.read_text(encoding="utf-8"))
-        if beside.is_file():
-            kept.append(beside)
-    return kept
+    """The losses of each stage as they are kept; of results of earlier versions, where they were trained."""
+    kept = [run.out / f"{stage}-losses.jsonl" for stage in STAGES]
+    if not any(log.is_file() for log in kept):
+        kept = [run.work / stage / "losses.jsonl" for stage in STAGES]
+    return [log for log in kept if log.is_file()]

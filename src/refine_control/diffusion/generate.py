@@ -13,7 +13,7 @@ from refine_control.data.images import fit_square, fit_square_mask, read_image, 
 from refine_control.data.loader import make_batch
 from refine_control.diffusion.sample import fill
 from refine_control.diffusion.store import load
-from refine_control.errors import DataError, RecipeError
+from refine_control.errors import DataError
 from refine_control.recipe import SampleConfig
 
 
@@ -36,7 +36,7 @@ def generate(
     Raises:
         DataError: picture and mask cannot be read or differ in size, the mask is empty, the prompt is no Unicode, or
             `out` cannot be written.
-        RecipeError: see `sample`; or the model has learnt another number of steps alone.
+        RecipeError: see `sample`.
     """
     if not is_unicode(prompt):  # so Python spells bytes of a command line that are no UTF-8
         raise DataError(f"--prompt {prompt!r} is not UTF-8; write it in a terminal and a locale that are")
@@ -52,11 +52,6 @@ def generate(
     example = Example(image.name, fit_square(picture, side), prompt, hole)
     batch = make_batch([example], {}, config.seed, [True], [0], controls=controls)
     config = loaded.usual.model_copy(update=config.model_dump(exclude_unset=True))
-    if loaded.only_steps not in (None, config.num_inference_steps):
-        raise RecipeError(
-            f"--num_inference_steps {config.num_inference_steps}: '{model}' has learnt the timesteps of "
-            f"{loaded.only_steps} step(s) alone; leave the flag out"
-        )
     _, filled = fill(loaded, batch, config, [config.seed])
     pixels = ((filled[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     try:

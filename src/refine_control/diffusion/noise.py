@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from refine_control.errors import ModelError, RecipeError
-from refine_control.recipe import NoiseConfig
+from refine_control.recipe import NoiseConfig, StageConfig
 
 # Those whose forward process is x_t = alpha_t x_0 + sigma_t eps by betas: neither flow matching nor EDM's sigmas.
 SCHEDULERS = (
@@ -64,6 +64,21 @@ class NoiseSchedule:
         if num_inference_steps is not None:
             visited = sampler_at(config, num_inference_steps).timesteps.sort().values
         return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), scheduler.config.prediction_type, visited)
+
+    @classmethod
+    def of_stage(cls, config: dict[str, Any], stage: StageConfig) -> NoiseSchedule:
+        """As a stage draws and weighs timesteps.
+
+        Raises:
+            ModelError, RecipeError: see `from_config`; or min-SNR weighs nothing of what the stage would learn.
+        """
+        schedule = cls.from_config(config, stage.num_inference_steps)
+        if not schedule.row_weight(schedule.timesteps, stage.snr_gamma).any():
+            raise RecipeError(
+                f"snr_gamma {stage.snr_gamma} gives the timesteps of num_inference_steps {stage.num_inference_steps} "
+                "no weight: they are pure noise; leave it out"
+            )
+        return schedule
 
     def __len__(self) -> int:
         return len(self.alpha)

@@ -10,6 +10,7 @@ from torch import Tensor
 from refine_control.data.batch import Batch
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler_at
+from refine_control.errors import RecipeError
 from refine_control.recipe import SampleConfig
 
 
@@ -28,8 +29,13 @@ def sample(
         (N, 3, H, W) in [-1, 1], on the CPU.
 
     Raises:
-        RecipeError: more inference steps than the model has timesteps.
+        RecipeError: more inference steps than the model has timesteps, or others than it has learnt alone.
     """
+    if model.only_steps not in (None, steps := config.num_inference_steps):
+        raise RecipeError(
+            f"num_inference_steps {steps}: the model has learnt the timesteps of {model.only_steps} step(s) alone; "
+            "ask for as many"
+        )
     pictures = []
     for first in range(0, len(captions), config.batch_size):
         rows = slice(first, first + config.batch_size)

@@ -29,7 +29,7 @@ from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
 from refine_control.distill.processes import pick_device, set_threads
 from refine_control.distill.stages import Distillation, Method, teacher_features
-from refine_control.distill.teacher import check_resolution, contents, open_pictures
+from refine_control.distill.teacher import check_resolution, contents, open_pictures, open_shown
 from refine_control.errors import RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig
@@ -62,7 +62,7 @@ class Distiller:
             )
         self.team = PartialState()
         self.labelled, self.unlabelled = open_pictures(data)
-        self.validation = open_pictures(data, "val", variants=1)
+        self.validation = open_shown(data)
         root = Path(data.cache_dir) if data.cache_dir else None
         on_disk = EncoderCache(self.teacher, self.labelled, self.unlabelled, root) if root else None
         self.encoder = Encoder(self.teacher, data.cache_gb, on_disk)
@@ -76,6 +76,7 @@ class Distiller:
         """As `run`, in a folder that this process holds already."""
         recipe = self.pinned(recipe)
         _agree(recipe)
+        self._within_what_the_teacher_learnt(recipe)
         sampler_at(self.teacher.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
         loaders = {  # of both stages now: a mistake in the second should not cost the first
             name: self.loader(recipe, stage, name)
@@ -93,6 +94,16 @@ class Distiller:
             store.save(learnt, folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
+
+    def _within_what_the_teacher_learnt(self, recipe: DistilRecipe) -> None:
+        """Raises RecipeError where a stage would ask it at timesteps that it never met."""
+        for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+            asked = stage.steps and (stage.weights.output or stage.weights.feature)
+            if asked and self.teacher.only_steps not in (None, stage.num_inference_steps):
+                raise RecipeError(
+                    f"teacher '{self.name}' has learnt the timesteps of {self.teacher.only_steps} step(s) alone; set "
+                    f"{name}.num_inference_steps and sample.num_inference_steps to that"
+                )
 
     def pinned(self, recipe: DistilRecipe) -> DistilRecipe:
         """The recipe with the commits of what came from the hub."""

@@ -106,7 +106,7 @@ class Distillation(nn.Module):
         self.student = student
         self.bridges = bridges if stage.weights.feature else None
         self.teacher, self.encoder, self.stage, self.kept = teacher, encoder, stage, kept
-        self.schedule = NoiseSchedule.from_config(teacher.scheduler, stage.num_inference_steps)
+        self.schedule = NoiseSchedule.of_stage(teacher.scheduler, stage)
 
     def forward(self, batch: Batch) -> Losses:
         weights, bridges = self.stage.weights, self.bridges
@@ -154,7 +154,7 @@ def teacher_features(
     points: tuple[str, ...], teacher: Model, encoder: Encoder, stage: StageConfig, batches: Iterable[Batch]
 ) -> Iterator[dict[str, Tensor]]:
     """The teacher's features at some points on each batch, to measure their norms."""
-    schedule = NoiseSchedule.from_config(teacher.scheduler, stage.num_inference_steps)
+    schedule = NoiseSchedule.of_stage(teacher.scheduler, stage)
     for batch in batches:
         _, inputs = draw_inputs(batch.to(teacher.device), encoder, schedule, stage)
         with Taps(teacher.denoiser, points) as taps:

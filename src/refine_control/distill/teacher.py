@@ -13,10 +13,8 @@ from transformers import CLIPTokenizer
 
 from refine_control.claim import claim
 from refine_control.data.batch import Batch
-from refine_control.data.folders import FolderDataset
 from refine_control.data.loader import Loader, Pictures
-from refine_control.data.shards import ShardDataset
-from refine_control.data.source import Joined, NoSplitError, Paths, open_usable
+from refine_control.data.source import NoSplitError, open_usable
 from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
 from refine_control.diffusion.encode import Encoder
@@ -49,37 +47,40 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
+    model = replace(model, only_steps=None)  # of the model that it begins from
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
-    store.save(replace(model, usual=recipe.sample), folder / "model", torch.float16)
+    learnt = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
+    store.save(learnt, folder / "model", torch.float16)
     return folder / "model"
 
 
 def open_pictures(
     data: DataConfig, split: str = "train", variants: int | None = None
 ) -> tuple[Pictures, Pictures | None]:
-    """The labelled and the plain data set of a recipe, at its resolution. Where there is no 'val', it is 'train'."""
+    """The labelled and the plain data set of a recipe, at its resolution."""
     variants = variants or data.variants
     limit = data.labelled_limit if split == "train" else None
-    labelled = Pictures(_opened(data.labelled, split, data), data, variants, limit)
+    labelled = Pictures(open_usable(data.labelled, split, data.skip_corrupt), data, variants, limit)
     if not any(labelled.text(index) for index in range(labelled.examples)):
         raise DataError(
             f"no picture of '{data.labelled}' has a caption; give each a 'text' in its metadata.jsonl, "
             "or name the folder data.unlabelled"
         )
-    unlabelled = Pictures(_opened(data.unlabelled, split, data), data, variants) if data.unlabelled else None
+    unlabelled = (
+        Pictures(open_usable(data.unlabelled, split, data.skip_corrupt), data, variants) if data.unlabelled else None
+    )
     return labelled, unlabelled
 
 
-def _opened(paths: Paths, split: str, data: DataConfig) -> FolderDataset | ShardDataset | Joined:
+def open_shown(data: DataConfig) -> tuple[Pictures, Pictures | None]:
+    """What is looked at while training: of 'val', or where a data set has splits but not that one, of 'train'."""
     try:
-        return open_usable(paths, split, data.skip_corrupt)
+        return open_pictures(data, "val", variants=1)
     except NoSplitError:
-        if split != "val":  # which is only looked at
-            raise
-        return open_usable(paths, "train", data.skip_corrupt)
+        return open_pictures(data, variants=1)
 
 
 def check_resolution(model: Model, name: str, data: DataConfig) -> None:
@@ -174,7 +175,7 @@ def _train_denoiser(
 ) -> None:
     stage = recipe.denoiser_stage
     model.vae.requires_grad_(False).eval()
-    validation = open_pictures(recipe.data, "val", variants=1)
+    validation = open_shown(recipe.data)
     train(
         folder,
         TeacherTask(model, stage, recipe.data.cache_gb),
@@ -195,7 +196,7 @@ class TeacherTask(nn.Module):
         self.text_encoder = model.text_encoder.requires_grad_(True)
         self.text_encoder_2 = model.text_encoder_2.requires_grad_(True) if model.text_encoder_2 else None
         self.model, self.stage = model, stage
-        self.schedule = NoiseSchedule.from_config(model.scheduler, stage.num_inference_steps)
+        self.schedule = NoiseSchedule.of_stage(model.scheduler, stage)
         self.encoder = Encoder(model, cache_gb)
 
     def forward(self, batch: Batch) -> Losses:

@@ -19,7 +19,7 @@ def caption_losses(model: Model, heldout: HeldOut, draws: int = 8, rows: int = 6
 
     rows: pictures that go through the model at once.
     """
-    schedule = NoiseSchedule.from_config(model.scheduler)
+    schedule = NoiseSchedule.from_config(model.scheduler, model.only_steps)
     batch = heldout.batch
     captions = list(batch.captions)
     order = torch.randperm(len(captions), generator=batch.generator("shuffled captions")).tolist()
