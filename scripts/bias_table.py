@@ -25,16 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from biased_data import tint
 from derived import has_kind
 from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, TEACHES, CompareRecipe, Run, base_recipe, load, runs
-from refine_control.compare.runs import Workshop, result_of, shown_of
+from refine_control.compare.runs import Workshop, read_sheet, result_of, shown_of
 from refine_control.distill.preview import mask_out, save_grid
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model
@@ -139,7 +137,7 @@ def measured(
 
 def strip(run: Run) -> Tensor:
     """(n, 3, H, W) in [0, 1], the pictures kept by `measured`."""
-    sheet = torch.from_numpy(np.asarray(Image.open(run.out / "cast.png").convert("RGB")).copy()).permute(2, 0, 1) / 255
+    sheet = read_sheet(run.out / "cast.png")
     return torch.stack(sheet.split(sheet.shape[1], 2))
 
 
@@ -176,25 +174,26 @@ def table(
         raise UserError(f"'{base.teacher}' was not trained on from another teacher; give its recipe an init_from")
     bias = json.loads((Path(taught.data.labelled) / "bias.json").read_text(encoding="utf-8"))
     ruler = Ruler.of(shop.domains["labelled"].heldout, bias)
-    teachers = {
-        "clean teacher": pictures_of(taught.init_from, work / "clean-teacher", base, shop.domains),
-        "biased teacher": pictures_of(base.teacher, work / TEACHER / "seed-0", base, shop.domains),
-    }
-    clean, biased = (ruler.measure(pictures) for pictures in teachers.values())
-    shown = {name: pictures[ruler.shown] for name, pictures in teachers.items()}
     known = twins_in(twins, taught.init_from)
     casts: dict[str, dict[int, Casts]] = {}
+    strips: dict[str, Tensor] = {}
     for run, result in finished(plan):
         if not (one := measured(run, result, run.recipe, ruler, shop.domains)):
             continue
         casts.setdefault(run.row, {})[run.seed] = one
-        if run.row not in shown:
-            shown[run.row] = strip(run)
+        if run.row not in strips:
+            strips[run.row] = strip(run)
         twin = known.get(_all_but_teacher(result))
         if twin and (other := measured(*twin, run.recipe, ruler, shop.domains)):
             one["twin"] = other["kind"]
     if not casts:
         raise UserError(f"no run of '{plan.output_dir}' is finished with its student in '{work}'")
+    teachers = {
+        "clean teacher": pictures_of(taught.init_from, work / "clean-teacher", base, shop.domains),
+        "biased teacher": pictures_of(base.teacher, work / TEACHER / "seed-0", base, shop.domains),
+    }
+    clean, biased = (ruler.measure(pictures) for pictures in teachers.values())
+    shown = {name: pictures[ruler.shown] for name, pictures in teachers.items()} | strips
     add_shares(casts, control, biased["kind"], clean["kind"])
     figures = {
         "title": plan.title, "commit": shop.commit, "machine": machine(), "bias": bias, "direction": ruler.direction,

@@ -275,13 +275,17 @@ def _keep_pictures(run: Run, pictures: dict[str, Tensor]) -> None:
     Image.fromarray(array).save(run.out / "pictures.png", optimize=True)
 
 
+def read_sheet(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1], pictures beside and below each other as they were kept."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
 def pictures_of(run: Run, domains: dict[str, Domain]) -> dict[str, Tensor]:
     """Domain -> (n, 3, H, W) in [0, 1], the pictures that `shown_of` names; empty where none are kept."""
     path = run.out / "pictures.png"
     if not path.is_file():
         return {}
-    sheet = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
-    pictures, top = {}, 0
+    sheet, pictures, top = read_sheet(path), {}, 0
     for name, domain in domains.items():
         height, width = domain.heldout.true.shape[2:]
         count = len(shown_of(len(domain.heldout.true)))

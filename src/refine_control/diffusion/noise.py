@@ -58,11 +58,9 @@ class NoiseSchedule:
             ModelError: see `sampler`.
             RecipeError: the model has fewer timesteps than that.
         """
-        scheduler = sampler(config)
+        scheduler = sampler(config) if num_inference_steps is None else sampler_at(config, num_inference_steps)
         abar = scheduler.alphas_cumprod.double().clamp(0, 1)
-        visited = torch.arange(len(abar))
-        if num_inference_steps is not None:
-            visited = sampler_at(config, num_inference_steps).timesteps.sort().values
+        visited = scheduler.timesteps.sort().values  # of one that was not set to a number: all
         return cls(abar.sqrt().float(), (1 - abar).sqrt().float(), scheduler.config.prediction_type, visited)
 
     @classmethod

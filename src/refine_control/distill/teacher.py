@@ -47,13 +47,12 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
-    model = replace(model, only_steps=None)  # of the model that it begins from
+    model = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
-    learnt = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
-    store.save(learnt, folder / "model", torch.float16)
+    store.save(model, folder / "model", torch.float16)
     return folder / "model"
 
 
