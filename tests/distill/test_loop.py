@@ -327,6 +327,15 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert log_of(tmp_path) == lines
 
 
+def test_killed_while_it_pruned_the_rest_goes_with_the_next_run(tmp_path: Path) -> None:
+    toy(tmp_path, Toy(), steps=4)
+    torn = tmp_path / "checkpoints" / "step-000002"
+    torn.mkdir()
+    (torn / "ema.safetensors").write_bytes(b"")
+    toy(tmp_path, Toy(), steps=4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
 def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
     toy(tmp_path, Toy(), steps=4)
     assert len(toy(tmp_path, Toy(), steps=6).seen) == 2

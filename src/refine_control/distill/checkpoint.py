@@ -51,6 +51,13 @@ def save(folder: Path, step: int, state: State) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_older(newest: Path) -> None:
+    """What a `save` that was killed left to prune. A later one, damaged, stays until the next `save`."""
+    for old in newest.parent.iterdir():
+        if old.name.startswith(".step-") or 0 <= _step(old) < _step(newest):
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole. What is damaged is named on stderr and passed over.
 

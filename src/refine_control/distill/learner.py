@@ -50,6 +50,8 @@ class Learner:
         self.start, state = checkpoint.read(newest) if newest else (0, {})
         if newest:
             _load(objective, state["trainable"], newest)
+            if team.is_main_process:
+                checkpoint.remove_older(newest)
         self.sharded = run.shard and team.num_processes > 1
         if self.sharded:
             self.network = self.objective = sharded(objective, self.device)
