@@ -13,7 +13,7 @@ import tiny
 from refine_control import recipe as recipes
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare.plan import CompareRecipe, load
+from refine_control.compare.plan import CompareRecipe, load, runs
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
 from refine_control.files import hold
@@ -204,6 +204,14 @@ def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path,
     assert "0/1" in lines["telea"]
     shutil.copytree(whole / "results", tmp_path / "results", dirs_exist_ok=True)
     assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
+
+
+def test_a_stage_1_that_rows_share_is_planned_once(base: Path, tmp_path: Path) -> None:
+    rows = {**ROWS, "continued": {"set": {"stage2.labelled_fraction": 1}}, "stage-1": {"set": {"stage2.steps": 0}}}
+    todo = runs(plan_of(base, tmp_path, rows), {}, once=["telea"])
+    done = {f"{run.row} {run.seed}": share for run, share in zip(todo, comparing.done_of(todo).values(), strict=True)}
+    first = {"scratch 0": 0, "scratch 1": 0, "telea 0": 0, "refine-control 0": 0, "refine-control 1": 0}
+    assert done == first | {"continued 0": 0.6, "continued 1": 0.6, "stage-1 0": 1, "stage-1 1": 1}
 
 
 def test_a_dry_run_takes_the_times_of_the_table(

@@ -14,7 +14,7 @@ SEEDS = "of the training: whole numbers with commas between"
 
 SHARED = [
     flag("--seeds", help=SEEDS + "; by default the recipe's"),
-    flag("--dry-run", action="store_true", help="print the plan: rows, seeds, steps, minutes left on this machine"),
+    flag("--dry-run", action="store_true", help="print the plan: rows, seeds, steps, minutes of training left"),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
-from refine_control.compare.runs import Workshop, finish, result_of
+from refine_control.compare.runs import Workshop, beginning, finish, result_of
 from refine_control.compare.speed import STAGES, measure_once, minutes
 from refine_control.compare.summary import summarise
 from refine_control.distill.distil import with_known_commits
@@ -44,7 +44,7 @@ def compare(
 
 
 def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
-    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long the rest will take here.
+    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long training the rest takes here.
 
     What it measures for that it keeps in work_dir, beside no table's own times.
     """
@@ -52,30 +52,41 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     todo = _planned(plan, overrides, shop)
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
     times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan))
-    lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'minutes left':>13}"]
-    total = 0.0
+    lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'training left':>14}"]
+    behind, total = done_of(todo), 0.0
     for row in dict.fromkeys(run.row for run in todo):
         ours = [run for run in todo if run.row == row]
-        done = [result_of(run) is not None for run in ours]
-        left = sum((minutes(run, times) or 0) * (1 - begun(run)) for run in ours)
+        scored = sum(result_of(run) is not None for run in ours)
+        left = sum((minutes(run, times) or 0) * (1 - behind[run.out]) for run in ours)
         total += left
-        steps = " + ".join(str(n) for stage in STAGES if (n := getattr(ours[0].recipe, stage).steps))
-        trained = row in times["step_ms"]
+        counts = [str(n) for stage in STAGES if (n := getattr(ours[0].recipe, stage).steps)]
+        steps = " + ".join(counts) if row in times["step_ms"] else "-"
         seeds = ",".join(str(run.seed) for run in ours)
-        lines.append(f"{row:32} {seeds:>9} {steps if trained else '-':>12} {sum(done):>2}/{len(done):<2} {left:>13.0f}")
-    lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>13.0f}")
+        lines.append(f"{row:32} {seeds:>9} {steps:>12} {scored:>2}/{len(ours):<2} {left:>10.0f} min")
+    lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>10.0f} min")
     return "\n".join(lines)
 
 
-def begun(run: Run) -> float:
-    """The share of a run's steps that is behind it: 1 where it is scored."""
-    if result_of(run) is not None:
-        return 1.0
-    taken = 0
-    for stage in STAGES:
-        kept = [int(path.name.partition("-")[2]) for path in (run.work / stage / "checkpoints").glob("step-*")]
-        taken += max(kept, default=0)
-    return taken / run.steps if run.steps else 0.0
+def done_of(todo: Sequence[Run]) -> dict[Path, float]:
+    """run.out -> the share of its steps that are done: 1 where it is scored. A stage 1 that an earlier one shares
+    counts as done."""
+    behind: dict[Path, float] = {}
+    shared: set[str] = set()
+    for run in todo:
+        stage1 = f"{run.rival} {beginning(run.recipe, {}, {})}"
+        steps = {stage: _newest_checkpoint(run, stage) for stage in STAGES}
+        scored = result_of(run) is not None
+        if stage1 in shared and not (run.work / STAGES[0]).exists():
+            steps[STAGES[0]] = run.recipe.stage1.steps
+        if run.row != TEACHER and (not scored or steps[STAGES[0]] == run.recipe.stage1.steps):
+            shared.add(stage1)
+        behind[run.out] = 1.0 if scored else sum(steps.values()) / run.steps if run.steps else 0.0
+    return behind
+
+
+def _newest_checkpoint(run: Run, stage: str) -> int:
+    kept = [path.name.partition("-")[2] for path in (run.work / stage / "checkpoints").glob("step-*")]
+    return max(map(int, kept), default=0)
 
 
 def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> list[Run]:
