@@ -231,6 +231,21 @@ def test_a_dry_run_takes_the_times_of_the_table(
         comparing.dry_run(plan_of(base, tmp_path), {})
 
 
+def test_rows_of_other_data_share_the_teacher(base: Path) -> None:
+    recipe = recipes.load(recipes.DistilRecipe, base)
+    shop = running.Workshop(recipe)
+    one = shop.distiller(recipe)
+    fewer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"labelled_limit": 3})})
+    whole = one.contents()
+    other = shop.distiller(fewer)
+    assert other.teacher is one.teacher
+    assert other.labelled.examples == 3
+    assert other.contents()["data.labelled"] != whole["data.labelled"]
+    assert one.labelled.examples == 5
+    assert one.contents() == whole
+    assert shop.distiller(fewer) is other
+
+
 @pytest.mark.parametrize(("fraction", "alike"), [(1, True), (0.5, False)])
 def test_plain_pictures_decide_stage_1_where_it_takes_some(base: Path, fraction: float, alike: bool) -> None:
     recipe = recipes.load(recipes.DistilRecipe, base, {"stage1.labelled_fraction": fraction})

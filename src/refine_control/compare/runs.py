@@ -46,13 +46,16 @@ class Workshop:
 
     def __post_init__(self) -> None:
         self.commit = _commit()  # now, before anybody changes what is running
-        self._distillers: dict[str, Distiller] = {}
+        self._distillers: dict[tuple[str, str], Distiller] = {}  # of a teacher, of data
         self._found: dict[str, Rival] = {}
 
     def distiller(self, recipe: DistilRecipe) -> Distiller:
-        key = json.dumps([recipe.teacher, recipe.controlnets, recipe.data.model_dump(), recipe.run.model_dump()])
+        teacher = json.dumps([recipe.teacher, recipe.controlnets, recipe.run.model_dump()])
+        key = teacher, recipe.data.model_dump_json()
         if key not in self._distillers:
-            self._distillers[key] = Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
+            loaded = next((known for (name, _), known in self._distillers.items() if name == teacher), None)
+            fresh = loaded.on(recipe.data) if loaded else None
+            self._distillers[key] = fresh or Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
         return self._distillers[key]
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -47,20 +48,30 @@ class Distiller:
 
     def __init__(self, teacher: str, data: DataConfig, run: RunConfig, controlnets: Sequence[str] = ()) -> None:
         set_threads(run)
-        self.data = data
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
         self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
         self._weights = [digest(network) for network in self.teacher.parts]  # as they are on the disk, whatever follows
         self.dtype = run.teacher_dtype
         self.teacher.denoiser.to(DTYPES[self.dtype])
-        check_resolution(self.teacher, teacher, data)
+        self.team = PartialState()
+        self._open(data)
+
+    def on(self, data: DataConfig) -> Distiller:
+        """The same teacher, in memory once, with other data."""
+        other = copy(self)
+        vars(other).pop("_contents", None)
+        other._open(data)
+        return other
+
+    def _open(self, data: DataConfig) -> None:
+        check_resolution(self.teacher, self.name, data)
         nets = self.teacher.denoiser.nets
         if nets and len(nets) != len(data.controls):
             raise RecipeError(
                 f"data.controls names {len(data.controls)} controls ({', '.join(data.controls)}) but teacher "
-                f"'{teacher}' has {len(nets)} ControlNets; name one for each, in their order"
+                f"'{self.name}' has {len(nets)} ControlNets; name one for each, in their order"
             )
-        self.team = PartialState()
+        self.data = data
         self.labelled, self.unlabelled = open_pictures(data)
         self.validation = open_shown(data)
         root = Path(data.cache_dir) if data.cache_dir else None
