@@ -4,9 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from refine_control.diffusion import store
-from refine_control.recipe import DistilRecipe, SampleConfig
-from tiny import DATA, RUN, STUDENT, stage, tiny_model, write_folder
+from tiny import RUN, distil_recipe, stage
 
 
 def benchmark(name: str) -> ModuleType:
@@ -20,17 +18,7 @@ def benchmark(name: str) -> ModuleType:
 
 
 def test_a_step_against_its_floor(tmp_path: Path) -> None:
-    store.save(tiny_model(), tmp_path / "teacher")
-    recipe = DistilRecipe(
-        output_dir=str(tmp_path / "run"),
-        teacher=str(tmp_path / "teacher"),
-        data=DATA.model_copy(update={"labelled": str(write_folder(tmp_path / "labelled", 5))}),
-        student=STUDENT,
-        stage1=stage(6),
-        stage2=stage(0),
-        sample=SampleConfig(num_inference_steps=1, guidance_scale=1),
-        run=RUN,
-    )
+    recipe = distil_recipe(tmp_path, labelled=5, plain=1, stage1=stage(6), stage2=stage(0), run=RUN)
     result = benchmark("step").measure(recipe, 6)
     assert result["steps"] == 3, "of the second and third pass, whose end alone is not seen"
     assert result["step_over_floor"]["low"] <= result["step_over_floor"]["median"] <= result["step_over_floor"]["high"]
@@ -39,12 +27,10 @@ def test_a_step_against_its_floor(tmp_path: Path) -> None:
 
 
 def test_checkpoints_against_steps(tmp_path: Path) -> None:
-    store.save(tiny_model(), tmp_path / "teacher")
-    recipe = DistilRecipe(
-        output_dir=str(tmp_path / "run"),
-        teacher=str(tmp_path / "teacher"),
-        data=DATA.model_copy(update={"labelled": str(write_folder(tmp_path / "labelled", 5))}),
-        student=STUDENT,
+    recipe = distil_recipe(
+        tmp_path,
+        labelled=5,
+        plain=1,
         stage1=stage(6),
         stage2=stage(0),
         run=RUN.model_copy(update={"checkpoint_every": 2}),
