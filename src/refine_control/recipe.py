@@ -198,8 +198,12 @@ class DistilRecipe(Config):
 
     @model_validator(mode="after")
     def _draws_as_it_learns(self) -> DistilRecipe:
-        _refuse_other_steps(self.sample, stage1=self.stage1, stage2=self.stage2)
+        _refuse_other_steps(self.sample, **self.stages)
         return self
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        return {"stage1": self.stage1, "stage2": self.stage2}
 
 
 def _refuse_other_steps(sample: SampleConfig, **stages: StageConfig) -> None:

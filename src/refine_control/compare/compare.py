@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
 from refine_control.compare.runs import Workshop, beginning, finish, result_of
-from refine_control.compare.speed import STAGES, measure_once, minutes
+from refine_control.compare.speed import measure_once, minutes
 from refine_control.compare.summary import summarise
 from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import refuse_processes
@@ -59,7 +59,7 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
         scored = sum(result_of(run) is not None for run in ours)
         left = sum((minutes(run, times) or 0) * (1 - behind[run.out]) for run in ours)
         total += left
-        counts = [str(n) for stage in STAGES if (n := getattr(ours[0].recipe, stage).steps)]
+        counts = [str(stage.steps) for stage in ours[0].recipe.stages.values() if stage.steps]
         steps = " + ".join(counts) if row in times["step_ms"] else "-"
         seeds = ",".join(str(run.seed) for run in ours)
         lines.append(f"{row:32} {seeds:>9} {steps:>12} {scored:>2}/{len(ours):<2} {left:>10.0f} min")
@@ -74,11 +74,11 @@ def done_of(todo: Sequence[Run]) -> dict[Path, float]:
     shared: set[str] = set()
     for run in todo:
         stage1 = f"{run.rival} {beginning(run.recipe, {}, {})}"
-        steps = {stage: _newest_checkpoint(run, stage) for stage in STAGES}
+        steps = {stage: _newest_checkpoint(run, stage) for stage in run.recipe.stages}
         scored = result_of(run) is not None
-        if stage1 in shared and not (run.work / STAGES[0]).exists():
-            steps[STAGES[0]] = run.recipe.stage1.steps
-        if run.row != TEACHER and (not scored or steps[STAGES[0]] == run.recipe.stage1.steps):
+        if stage1 in shared and not (run.work / "stage1").exists():
+            steps["stage1"] = run.recipe.stage1.steps
+        if run.row != TEACHER and (not scored or steps["stage1"] == run.recipe.stage1.steps):
             shared.add(stage1)
         behind[run.out] = 1.0 if scored else sum(steps.values()) / run.steps if run.steps else 0.0
     return behind

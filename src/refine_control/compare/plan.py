@@ -90,7 +90,7 @@ class Run(NamedTuple):
     @property
     def steps(self) -> int:
         """Of both stages."""
-        return self.recipe.stage1.steps + self.recipe.stage2.steps
+        return sum(stage.steps for stage in self.recipe.stages.values())
 
 
 def load(path: Path, overrides: dict[str, str]) -> tuple[CompareRecipe, dict[str, str]]:

@@ -237,8 +237,7 @@ def _trained_network(
     torch.manual_seed(recipe.seed)
     network: Any = rival.network().to(distiller.teacher.device)
     distiller.claim(recipe, run.work, Method(digest=rival.digest))
-    for name in ("stage1", "stage2"):
-        stage = getattr(recipe, name)
+    for name, stage in recipe.stages.items():
         if stage.steps:
             train(run.work / name, network, {"task": 1.0}, distiller.loader(recipe, stage, name), stage, recipe.run)
 

@@ -29,18 +29,16 @@ from refine_control.distill.stages import Distillation
 from refine_control.evaluate.heldout import latency_ms
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
-from refine_control.recipe import StageConfig
 
 ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its first turns are not counted
 OF = "fastest"  # which of all turns counts for a step: what else this machine does only adds to one
-STAGES = ("stage1", "stage2")
 
 
 def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None) -> dict[str, Any]:
     """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine"}: as it was measured before, in `path` or
     `other`, where that had these rows with these recipes, on such a machine; else it is measured, and kept in `path`.
     """
-    recipes = {run.row: {stage: _kind(run, stage) for stage in STAGES} for run in runs}
+    recipes = {run.row: {stage: _kind(run, stage) for stage in run.recipe.stages} for run in runs}
     for file in filter(None, (path, other)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -66,7 +64,7 @@ def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float
 
     Of all turns the fastest. Rows whose steps do the same work are measured once. One learner is in memory at a time.
     """
-    steps = {(run.row, stage): run for run in runs for stage in STAGES if getattr(run.recipe, stage).steps}
+    steps = {(run.row, name): run for run in runs for name, stage in run.recipe.stages.items() if stage.steps}
     kinds = {_kind(run, stage): (run, stage) for (_, stage), run in steps.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in tqdm(range(ROUNDS), desc=f"timing {len(kinds)} kinds of steps", unit="round"):
@@ -86,7 +84,7 @@ def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float
 
 def _kind(run: Run, name: str) -> str:
     """What decides how long a step takes."""
-    recipe, stage = run.recipe, getattr(run.recipe, name)
+    recipe, stage = run.recipe, run.recipe.stages[name]
     terms = [term for term, weight in stage.weights.model_dump().items() if weight]
     parts = [
         recipe.student,
@@ -121,13 +119,13 @@ def minutes(run: Run, measured: dict[str, Any]) -> float | None:
     """Of the training of a run; None where its row is not trained."""
     if run.row not in measured["step_ms"]:
         return None
-    return sum(getattr(run.recipe, stage).steps * ms for stage, ms in measured["step_ms"][run.row].items()) / 60e3
+    return sum(run.recipe.stages[stage].steps * ms for stage, ms in measured["step_ms"][run.row].items()) / 60e3
 
 
 def _step(run: Run, name: str, shop: Workshop, folder: Path) -> Callable[[int], None]:
     """turn -> one training step of a row, batches and all; nothing that the teacher made is kept."""
     recipe, distiller, rival = run.recipe, shop.distiller(run.recipe), shop.rival(run)
-    stage: StageConfig = getattr(recipe, name)
+    stage = recipe.stages[name]
     objective: nn.Module
     if rival and rival.network:
         objective, weights = rival.network().to(distiller.teacher.device), {"task": 1.0}

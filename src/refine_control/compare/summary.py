@@ -11,7 +11,7 @@ from refine_control.compare.claims import Claim, claims, gate_failures
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run
 from refine_control.compare.plots import plot, plot_rows
 from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
-from refine_control.compare.speed import STAGES, minutes
+from refine_control.compare.speed import minutes
 from refine_control.compare.statistics import Results, over_seeds
 from refine_control.compare.tables import markdown
 from refine_control.errors import UserError
@@ -80,14 +80,14 @@ def _is_distilled(name: str, plan: CompareRecipe, first: Mapping[str, Run], shop
     run, ours, rival = first[name], first[plan.ours], shop.rival(first[name])
     if rival is None and _loss(run) == _loss(ours):
         return False  # the method itself, on other data
-    teaches = any(getattr(run.recipe, s).weights.output or getattr(run.recipe, s).weights.feature for s in STAGES)
+    teaches = any(stage.weights.output or stage.weights.feature for stage in run.recipe.stages.values())
     same = run.recipe.student == ours.recipe.student and run.steps == ours.steps
     return teaches and same and (rival is None or rival.losses is not None)
 
 
 def _loss(run: Run) -> list[Any]:
     recipe = run.recipe
-    return [recipe.alignment, recipe.feature_norm, recipe.init, *(getattr(recipe, s).weights for s in STAGES)]
+    return [recipe.alignment, recipe.feature_norm, recipe.init, *(stage.weights for stage in recipe.stages.values())]
 
 
 def _row(
@@ -182,7 +182,7 @@ def _page(
 
 def _curves(run: Run) -> list[Path]:
     """The losses of each stage as they are kept; of results of earlier versions, where they were trained."""
-    kept = [run.out / f"{stage}-losses.jsonl" for stage in STAGES]
+    kept = [run.out / f"{stage}-losses.jsonl" for stage in run.recipe.stages]
     if not any(log.is_file() for log in kept):
-        kept = [run.work / stage / "losses.jsonl" for stage in STAGES]
+        kept = [run.work / stage / "losses.jsonl" for stage in run.recipe.stages]
     return [log for log in kept if log.is_file()]

@@ -90,15 +90,13 @@ class Distiller:
         self._within_what_the_teacher_learnt(recipe)
         sampler_at(self.teacher.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
         loaders = {  # of both stages now: a mistake in the second should not cost the first
-            name: self.loader(recipe, stage, name)
-            for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
-            if stage.steps
+            name: self.loader(recipe, stage, name) for name, stage in recipe.stages.items() if stage.steps
         }
         if self.team.is_main_process:
             self.claim(recipe, folder, method)
         student, bridges = self.fresh_student(recipe)
         for name, loader in loaders.items():
-            self._train(folder / name, student, bridges, getattr(recipe, name), loader, recipe, method)
+            self._train(folder / name, student, bridges, recipe.stages[name], loader, recipe, method)
         if self.team.is_main_process:
             only = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
             learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only)
@@ -108,7 +106,7 @@ class Distiller:
 
     def _within_what_the_teacher_learnt(self, recipe: DistilRecipe) -> None:
         """Raises RecipeError where a stage would ask it at timesteps that it never met."""
-        for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        for name, stage in recipe.stages.items():
             asked = stage.steps and (stage.weights.output or stage.weights.feature)
             if asked and self.teacher.only_steps not in (None, stage.num_inference_steps):
                 raise RecipeError(
@@ -141,7 +139,7 @@ class Distiller:
         inputs = probe(self.teacher, self.teacher.device)
         ours, theirs = feature_shapes(student, inputs), feature_shapes(self.teacher.denoiser, inputs)
         bridges = Bridges.between(recipe.alignment, ours, theirs).to(self.teacher.device)
-        if measure and (recipe.stage1.weights.feature or recipe.stage2.weights.feature):
+        if measure and any(stage.weights.feature for stage in recipe.stages.values()):
             self._measure(bridges, recipe)
         return student, bridges
 

@@ -59,7 +59,7 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
     frozen = _parameters(teacher.denoiser) * BYTES[recipe.run.teacher_dtype] + sum(map(_parameters, parts)) * 4
     learning, moments, activations = _one_pass(recipe, teacher, max(1, rows))
     x_t, _, text, _ = probe(teacher, "meta")
-    samples = sum(stage.steps * stage.batch_size for stage in (recipe.stage1, recipe.stage2))
+    samples = sum(stage.steps * stage.batch_size for stage in recipe.stages.values())
     student = plan_cost(recipe.student, teacher)
     return Footprint(
         rows=max(1, rows),
