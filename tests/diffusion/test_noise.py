@@ -62,11 +62,14 @@ def test_zero_terminal_snr_ends_in_pure_noise() -> None:
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_the_right_prediction_stands_for_x0(prediction_type: str) -> None:
-    s = schedule(prediction_type)
-    t = torch.arange(len(s))
-    x0, eps = torch.randn(2, len(s), 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x_t = s.add_noise(x0, eps, t)
-    torch.testing.assert_close(s.to_x0(s.target(x0, eps, t), x_t, t), x0, rtol=0, atol=1e-5)
+    """As diffusers reads it."""
+    config = scheduler_config(noise_config(prediction_type))
+    s, steps = NoiseSchedule.from_config(config), sampler_at(config, 50)
+    for t in steps.timesteps[:, None]:
+        x0, eps = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x_t = s.add_noise(x0, eps, t)
+        said = steps.step(s.target(x0, eps, t), int(t), x_t)
+        torch.testing.assert_close(said.pred_original_sample, x0, rtol=0, atol=1e-4)
 
 
 def test_noise_and_v_are_those_of_diffusers() -> None:

@@ -100,15 +100,6 @@ class NoiseSchedule:
         alpha, sigma = self.at(t, x0)
         return alpha * eps - sigma * x0
 
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction stands for. With 'epsilon', alpha_t must not be 0."""
-        alpha, sigma = self.at(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - sigma * prediction) / alpha
-        if self.prediction_type == "sample":
-            return prediction
-        return alpha * x_t - sigma * prediction
-
     def row_weight(self, t: Tensor, gamma: float | None) -> Tensor:
         """Min-SNR-gamma weight (2303.09556) of a squared error in the prediction's own space; 1 without gamma. (B,).
 
