@@ -6,6 +6,7 @@ python scripts/results_page.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,24 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
         "wall_seconds.png": "scores against the time of training",
     }
     return written(f"{name}/table.md", commands, plots)
+
+
+def overview() -> list[str]:
+    """A line for each comparison: what it holds, and how much of what it claims."""
+    lines = ["| comparison | rows | seeds | claims that hold |", "|---|---:|---:|---:|"]
+    for name in (*COMPARISONS, "compare-bias", "demo"):
+        if one := read(f"{name}/scores.json"):
+            title = (ROOT / "results" / name / "table.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            seeds = max(len(row["runs"]) for row in one["rows"].values())
+            claims = [claim["holds"] for claim in one["claims"]]
+            held = f"{sum(claims)} of {len(claims)}" if claims else "–"
+            lines.append(f"| [{title}](#{anchor(title)}) | {len(one['rows'])} | {seeds} | {held} |")
+    return [*lines, ""]
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as GitHub makes them."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def bias() -> list[str]:
@@ -202,6 +221,7 @@ def on_what(scores: dict[str, Any]) -> str:
 def page() -> str:
     """docs/results.md."""
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
+    lines += overview()
     if gate := read("teacher-gate/scores.json"):
         lines += ["## The embedded teacher against classical inpainting", ""]
         lines += ["`refine-control evaluate zoo:emoji-teacher --baselines`", "", on_what(gate), ""]
