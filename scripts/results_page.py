@@ -86,12 +86,13 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
 
 
 def overview() -> list[str]:
-    """A line for each comparison: what it holds, and how much of what it claims."""
+    """A line for each comparison: its rows, their seeds where they are trained, how much of what it claims holds."""
     lines = ["| comparison | rows | seeds | claims that hold |", "|---|---:|---:|---:|"]
     for name in (*COMPARISONS, "compare-bias", "demo"):
         if one := read(f"{name}/scores.json"):
-            title = (ROOT / "results" / name / "table.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            seeds = max(len(row["runs"]) for row in one["rows"].values())
+            title = one["title"]
+            counts = [len(row["runs"]) for row in one["rows"].values() if row["steps"]]
+            seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
             claims = [claim["holds"] for claim in one["claims"]]
             held = f"{sum(claims)} of {len(claims)}" if claims else "–"
             lines.append(f"| [{title}](#{anchor(title)}) | {len(one['rows'])} | {seeds} | {held} |")

@@ -13,7 +13,8 @@ import tiny
 from refine_control import recipe as recipes
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare.plan import CompareRecipe, load, runs
+from refine_control.compare import sharing
+from refine_control.compare.plan import CompareRecipe, base_recipe, load
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
 from refine_control.files import hold
@@ -206,12 +207,37 @@ def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path,
     assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
 
 
+CONTINUED = {"set": {"stage2.labelled_fraction": 1}}
+
+
+def planned(base: Path, out: Path, rows: dict[str, Any]) -> dict[str, float]:
+    """ "row seed" -> the share of its steps that a dry run takes for done."""
+    plan = plan_of(base, out, rows)
+    shop = running.Workshop(base_recipe(plan, {}))
+    todo = comparing._planned(plan, {}, shop)
+    assert todo[0].row == "teacher"
+    done = comparing.done_of(todo, shop)
+    return {f"{run.row} {run.seed}": done[run.out] for run in todo[1:]}
+
+
 def test_a_stage_1_that_rows_share_is_planned_once(base: Path, tmp_path: Path) -> None:
-    rows = {**ROWS, "continued": {"set": {"stage2.labelled_fraction": 1}}, "stage-1": {"set": {"stage2.steps": 0}}}
-    todo = runs(plan_of(base, tmp_path, rows), {}, once=["telea"])
-    done = {f"{run.row} {run.seed}": share for run, share in zip(todo, comparing.done_of(todo).values(), strict=True)}
-    first = {"scratch 0": 0, "scratch 1": 0, "telea 0": 0, "refine-control 0": 0, "refine-control 1": 0}
-    assert done == first | {"continued 0": 0.6, "continued 1": 0.6, "stage-1 0": 1, "stage-1 1": 1}
+    alone, network = {"set": {"stage2.steps": 0}}, {"rival": "feedforward"}
+    rows = {**ROWS, "continued": CONTINUED, "stage-1": alone, "network": network, "again": network}
+    alike = {"continued 0": 0.6, "continued 1": 0.6, "stage-1 0": 1, "stage-1 1": 1}
+    assert planned(base, tmp_path, rows) == alike | {
+        f"{row} {seed}": 0 for row in (*ROWS, "network", "again") for seed in (0, 1) if (row, seed) != ("telea", 1)
+    }
+
+
+def test_a_stage_1_is_taken_over_from_where_it_is(base: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "results/refine-control", tmp_path / "results/refine-control")
+    rows = {"refine-control": {}, "continued": CONTINUED}
+    scored = {"refine-control 0": 1, "refine-control 1": 1}
+    assert planned(base, tmp_path, rows) == scored | {"continued 0": 0, "continued 1": 0}, "its folder is gone"
+    shutil.copytree(whole / "work/refine-control/seed-0", tmp_path / "work/refine-control/seed-0")
+    assert planned(base, tmp_path, rows) == scored | {"continued 0": 0.6, "continued 1": 0}
+    later = planned(base, tmp_path, {"continued": CONTINUED, "scratch": SCRATCH})
+    assert later == {"continued 0": 0.6, "continued 1": 0, "scratch 0": 0, "scratch 1": 0}, "of a row that is left out"
 
 
 def test_a_dry_run_takes_the_times_of_the_table(
@@ -239,6 +265,7 @@ def test_rows_of_other_data_share_the_teacher(base: Path) -> None:
     whole = one.contents()
     other = shop.distiller(fewer)
     assert other.teacher is one.teacher
+    assert other.encoder is not one.encoder, "which keeps what it made by the place of a picture"
     assert other.labelled.examples == 3
     assert other.contents()["data.labelled"] != whole["data.labelled"]
     assert one.labelled.examples == 5
@@ -254,11 +281,11 @@ def test_plain_pictures_decide_stage_1_where_it_takes_some(base: Path, fraction:
     )
     contents = {"teacher": "t", "data.labelled": "l", "data.unlabelled": "u"}
     begun = [
-        running.beginning(recipe, contents, {}),
-        running.beginning(other, contents | {"data.unlabelled": "v"}, {}),
+        sharing.beginning(recipe, contents, {}),
+        sharing.beginning(other, contents | {"data.unlabelled": "v"}, {}),
     ]
     assert (begun[0] == begun[1]) is alike
-    assert begun[0] != running.beginning(recipe, contents | {"data.labelled": "v"}, {})
+    assert begun[0] != sharing.beginning(recipe, contents | {"data.labelled": "v"}, {})
 
 
 @pytest.mark.slow

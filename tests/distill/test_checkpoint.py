@@ -219,7 +219,7 @@ def test_killed_at_any_moment_of_saving_the_newest_whole_one_loads(tmp_path: Pat
         step, state = checkpoint.read(checkpoint.latest(folder))
         assert_same(state, states[step])
         seen.add(step)
-        checkpoint.remove_older(checkpoint.latest(folder))
+        checkpoint.prune(checkpoint.latest(folder))
         damaged = {"step-000004"} if step == 2 and over == "a damaged one" else set()
         assert set(names(folder)) - damaged == {f"step-{step:06d}"}, "nothing else is left of it"
         checkpoint.save(folder, 6, states[6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ def test_the_page_and_the_readme_are_of_the_results_that_are_there() -> None:
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == results_page.page(), told
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_page.in_readme(readme) == readme, told
+
+
+def test_each_comparison_is_a_link_to_its_heading() -> None:
+    page = results_page.page()
+    headings = [results_page.anchor(line[3:]) for line in page.splitlines() if line.startswith("## ")]
+    assert len(set(headings)) == len(headings)
+    links = re.findall(r"\]\(#(.+)\) \|", page)
+    comparisons = [path for path in ROOT.glob("results/*/table.md") if path.with_name("report.html").is_file()]
+    assert len(links) == len(comparisons)
+    assert set(links) <= set(headings)
+
+
+def test_an_anchor_is_githubs() -> None:
+    assert results_page.anchor("Plain, of 32 px, 10 % (a-b)") == "plain-of-32-px-10--a-b"
 
 
 def test_only_what_stands_between_the_marks_is_written_anew() -> None:

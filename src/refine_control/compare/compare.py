@@ -8,9 +8,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
-from refine_control.compare.runs import Workshop, beginning, finish, result_of
+from refine_control.compare.runs import Workshop, finish, result_of
+from refine_control.compare.sharing import finished, planned_beginning
 from refine_control.compare.speed import measure_once, minutes
 from refine_control.compare.summary import summarise
+from refine_control.distill.checkpoint import step_of
 from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import refuse_processes
 from refine_control.errors import BusyError, RecipeError
@@ -53,7 +55,7 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
     times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan))
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'training left':>14}"]
-    behind, total = done_of(todo), 0.0
+    behind, total = done_of(todo, shop), 0.0
     for row in dict.fromkeys(run.row for run in todo):
         ours = [run for run in todo if run.row == row]
         scored = sum(result_of(run) is not None for run in ours)
@@ -67,26 +69,28 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     return "\n".join(lines)
 
 
-def done_of(todo: Sequence[Run]) -> dict[Path, float]:
-    """run.out -> the share of its steps that are done: 1 where it is scored. A stage 1 that an earlier one shares
-    counts as done."""
-    behind: dict[Path, float] = {}
-    shared: set[str] = set()
+def done_of(todo: Sequence[Run], shop: Workshop) -> dict[Path, float]:
+    """run.out -> the share of its steps that are done: 1 where it is scored. A stage 1 that another run has, or will
+    have by then, counts as done where `share_stage1` takes it over."""
+    done = {run.out: float(result_of(run) is not None) for run in todo}
+    begun = finished(todo[0].work.parent.parent)
+    shared = {planned_beginning(recipe, contents.get("method")) for _, recipe, contents in begun}
     for run in todo:
-        stage1 = f"{run.rival} {beginning(run.recipe, {}, {})}"
-        steps = {stage: _newest_checkpoint(run, stage) for stage in run.recipe.stages}
-        scored = result_of(run) is not None
-        if stage1 in shared and not (run.work / "stage1").exists():
-            steps["stage1"] = run.recipe.stage1.steps
-        if run.row != TEACHER and (not scored or steps["stage1"] == run.recipe.stage1.steps):
+        if done[run.out] or not shop.is_trained(run):
+            continue
+        rival = shop.rival(run)
+        steps = {name: _newest_checkpoint(run.work / name / "checkpoints") for name in run.recipe.stages}
+        if rival is None or rival.losses:
+            stage1 = planned_beginning(run.recipe, rival.digest if rival else None)
+            if stage1 in shared and not (run.work / "stage1").exists():
+                steps["stage1"] = run.recipe.stage1.steps
             shared.add(stage1)
-        behind[run.out] = 1.0 if scored else sum(steps.values()) / run.steps if run.steps else 0.0
-    return behind
+        done[run.out] = sum(steps.values()) / run.steps if run.steps else 0.0
+    return done
 
 
-def _newest_checkpoint(run: Run, stage: str) -> int:
-    kept = [path.name.partition("-")[2] for path in (run.work / stage / "checkpoints").glob("step-*")]
-    return max(map(int, kept), default=0)
+def _newest_checkpoint(folder: Path) -> int:
+    return max((step_of(path) for path in folder.glob("step-*")), default=0)
 
 
 def _planned(plan: CompareRecipe, overrides: dict[str, str], shop: Workshop) -> list[Run]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +20,15 @@ from refine_control import __version__
 from refine_control.claim import learnt
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
+from refine_control.compare.sharing import share_stage1
 from refine_control.distill.distil import OURS, Distiller
 from refine_control.distill.loop import train
 from refine_control.distill.stages import VERSION, Method
-from refine_control.errors import BusyError, DataError, RecipeError
+from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
-from refine_control.recipe import DistilRecipe, load
+from refine_control.recipe import DistilRecipe
 
 SHOWN = 12  # pictures of each domain, kept of a run to be looked at
 
@@ -54,8 +53,11 @@ class Workshop:
         key = teacher, recipe.data.model_dump_json()
         if key not in self._distillers:
             loaded = next((known for (name, _), known in self._distillers.items() if name == teacher), None)
-            fresh = loaded.on(recipe.data) if loaded else None
-            self._distillers[key] = fresh or Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
+            self._distillers[key] = (
+                loaded.on(recipe.data)
+                if loaded
+                else Distiller(recipe.teacher, recipe.data, recipe.run, recipe.controlnets)
+            )
         return self._distillers[key]
 
     @cached_property
@@ -164,37 +166,6 @@ def _scored(
         return _trained_network(rival, distiller, domains, recipe, run)
     share_stage1(recipe, run.work, method, distiller)
     return _scored_model(str(distiller.run_held(recipe, run.work, method)), domains, recipe, run)
-
-
-def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: Distiller) -> None:
-    """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
-    finished = f"stage1/checkpoints/step-{recipe.stage1.steps:06d}"
-    if not recipe.stage1.steps or (folder / "stage1").exists():
-        return
-    ours = beginning(recipe, distiller.contents(method), distiller.settings())
-    for begun in sorted(path.parent for path in folder.parent.parent.glob("*/seed-*/recipe.yaml")):
-        kept = [begun / name for name in ("contents.json", "settings.json")]
-        if begun == folder or not (begun / finished).is_dir() or not all(path.is_file() for path in kept):
-            continue
-        with suppress(BusyError), hold(begun):  # who trains there prunes checkpoints under our hands
-            contents, settings = (json.loads(path.read_text()) for path in kept)
-            if beginning(load(DistilRecipe, begun / "recipe.yaml"), contents, settings) != ours:
-                continue
-            aside = folder / ".stage1.part"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(begun / "stage1", aside)
-            distiller.claim(recipe, folder, method)
-            aside.rename(folder / "stage1")
-            return
-
-
-def beginning(recipe: DistilRecipe, contents: dict[str, str], settings: dict[str, Any]) -> str:
-    """All that decides stage 1: not stage 2, nor the plain pictures where stage 1 takes none of them."""
-    learns = {key: value for key, value in learnt(recipe).items() if key != "stage2"}
-    if recipe.stage1.labelled_fraction == 1:
-        learns["data"] = {key: value for key, value in learns["data"].items() if key != "unlabelled"}
-        contents = {key: value for key, value in contents.items() if key != "data.unlabelled"}
-    return json.dumps([learns, contents, settings], sort_keys=True)
 
 
 def _keep_losses(run: Run) -> None:

@@ -46,16 +46,16 @@ def save(folder: Path, step: int, state: State) -> None:
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"cannot write checkpoint '{target}': {error}; make room, then run the same command") from None
-    for old in folder.iterdir():
-        if old != target and (old.name.startswith((".step-", "step-"))):
-            shutil.rmtree(old, ignore_errors=True)
+    prune(target, later=True)
 
 
-def remove_older(newest: Path) -> None:
-    """What a `save` that was killed left to prune. A later one, damaged, stays until the next `save`."""
-    for old in newest.parent.iterdir():
-        if old.name.startswith(".step-") or 0 <= _step(old) < _step(newest):
-            shutil.rmtree(old, ignore_errors=True)
+def prune(kept: Path, later: bool = False) -> None:
+    """Removes checkpoints older than one, what was half written beside it and, if asked, later ones that were passed
+    over as damaged. `save` does; a run that goes on does what a `save` that was killed did not."""
+    for path in kept.parent.iterdir():
+        old = 0 <= step_of(path) < step_of(kept) or (later and step_of(path) > step_of(kept))
+        if old or path.name.startswith(".step-"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -65,7 +65,7 @@ def latest(folder: Path) -> Path | None:
         DataError: there are checkpoints, and all are damaged or of a later format.
     """
     faults = []
-    for path in sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step, reverse=True):
+    for path in sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of, reverse=True):
         try:
             _check(path)
         except DataError as error:
@@ -113,7 +113,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, found = int(manifest["step"]), int(manifest["format"])
-        if step != _step(path) or found < 1:
+        if step != step_of(path) or found < 1:
             raise ValueError(f"step {step} of format {found} is not what was written")
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(f"checkpoint '{path}' is damaged: {MANIFEST}: {error}") from None
@@ -129,6 +129,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """By its name; -1 of what is no checkpoint."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdigit() else -1

@@ -51,7 +51,7 @@ class Learner:
         if newest:
             _load(objective, state["trainable"], newest)
             if team.is_main_process:
-                checkpoint.remove_older(newest)
+                checkpoint.prune(newest)
         self.sharded = run.shard and team.num_processes > 1
         if self.sharded:
             self.network = self.objective = sharded(objective, self.device)
