@@ -34,6 +34,7 @@ SHORT = {  # students of two sizes, and the smaller one drawn in a single forwar
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
+ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each other on the page
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
 
@@ -88,7 +89,7 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
 def overview() -> list[str]:
     """A line for each comparison: its rows, their seeds where they are trained, how much of what it claims holds."""
     lines = ["| comparison | rows | seeds | claims that hold |", "|---|---:|---:|---:|"]
-    for name in (*COMPARISONS, "compare-bias", "demo"):
+    for name in ALL_COMPARED:
         if one := read(f"{name}/scores.json"):
             title = one["title"]
             counts = [len(row["runs"]) for row in one["rows"].values() if row["steps"]]

@@ -216,7 +216,8 @@ def planned(base: Path, out: Path, rows: dict[str, Any]) -> dict[str, float]:
     shop = running.Workshop(base_recipe(plan, {}))
     todo = comparing._planned(plan, {}, shop)
     assert todo[0].row == "teacher"
-    done = comparing.done_of(todo, shop)
+    scored = {run.out for run in todo if running.result_of(run) is not None}
+    done = comparing.done_of(todo, scored, shop)
     return {f"{run.row} {run.seed}": done[run.out] for run in todo[1:]}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,24 +55,25 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
     times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan))
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'training left':>14}"]
-    behind, total = done_of(todo, shop), 0.0
+    scored = {run.out for run in todo if result_of(run) is not None}
+    behind, total = done_of(todo, scored, shop), 0.0
     for row in dict.fromkeys(run.row for run in todo):
         ours = [run for run in todo if run.row == row]
-        scored = sum(result_of(run) is not None for run in ours)
+        there = sum(run.out in scored for run in ours)
         left = sum((minutes(run, times) or 0) * (1 - behind[run.out]) for run in ours)
         total += left
         counts = [str(stage.steps) for stage in ours[0].recipe.stages.values() if stage.steps]
         steps = " + ".join(counts) if row in times["step_ms"] else "-"
         seeds = ",".join(str(run.seed) for run in ours)
-        lines.append(f"{row:32} {seeds:>9} {steps:>12} {scored:>2}/{len(ours):<2} {left:>10.0f} min")
+        lines.append(f"{row:32} {seeds:>9} {steps:>12} {there:>2}/{len(ours):<2} {left:>10.0f} min")
     lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>10.0f} min")
     return "\n".join(lines)
 
 
-def done_of(todo: Sequence[Run], shop: Workshop) -> dict[Path, float]:
-    """run.out -> the share of its steps that are done: 1 where it is scored. A stage 1 that another run has, or will
+def done_of(todo: Sequence[Run], scored: Set[Path], shop: Workshop) -> dict[Path, float]:
+    """run.out -> the share of its steps that are done: 1 of those in `scored`. A stage 1 that another run has, or will
     have by then, counts as done where `share_stage1` takes it over."""
-    done = {run.out: float(result_of(run) is not None) for run in todo}
+    done = {run.out: float(run.out in scored) for run in todo}
     begun = finished(todo[0].work.parent.parent)
     shared = {planned_beginning(recipe, contents.get("method")) for _, recipe, contents in begun}
     for run in todo:
