@@ -72,8 +72,9 @@ def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None
         "telea/seed-0",
         *(f"{r}/seed-{s}" for r in ("scratch", "refine-control") for s in (0, 1)),
     }
-    for name in ("table.md", "table.csv", "rows.png", "macs.png", "wall_seconds.png", "report.html", "speed.json"):
+    for name in ("table.md", "table.csv", "rows.png", "wall_seconds.png", "report.html", "speed.json"):
         assert (results / name).stat().st_size > 0, name
+    assert not (results / "macs.png").exists(), "beside the teacher's they are all the same"
     assert not list(results.rglob("*.safetensors")), "what is large is in work_dir"
     one = json.loads((results / "scratch/seed-1/run.json").read_text())
     assert (one["seed"], one["recipe"]["init"]) == (1, "random")
@@ -86,6 +87,9 @@ def test_it_writes_a_json_a_run_and_tables_plots_and_a_page(whole: Path) -> None
     assert f"{sample['num_inference_steps']} sampler step(s), guidance {sample['guidance_scale']:g};" in text
     assert "| telea | unlabelled |" in text
     assert set(json.loads((results / "speed.json").read_text())["step_ms"]) == {"scratch", "refine-control"}
+    scores = json.loads((results / "scores.json").read_text())
+    assert scores["gate_failures"] is not None
+    assert scores["rows"]["scratch"]["made_by"]["1"] == {key: one[key] for key in ("identity", "commit")}
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ class RowPlan(Config):
 
 class CompareRecipe(Config):
     """`refine-control compare`. output_dir keeps what is small: a JSON for each run, tables, plots, the page. work_dir
-    keeps students and checkpoints (by default the same folder). ours: the row that all others are tested against."""
+    keeps students and checkpoints (by default the same folder). ours: the row that all others are tested against.
+    proof: whether the table says where ours is above the others and near the teacher; an ablation need not."""
 
     title: str = "Refine-Control: from a teacher to a student"
     output_dir: str
@@ -54,6 +55,7 @@ class CompareRecipe(Config):
     set: dict[str, Any] = Field({}, description="dotted keys of the base recipe, for all rows")
     seeds: tuple[int, ...] = (0, 1, 2)
     ours: str = "refine-control"
+    proof: bool = True
     rows: dict[str, RowPlan]
 
     @field_validator("seeds")

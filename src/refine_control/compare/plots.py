@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refine_control.compare.plan import TEACHER
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.report import Row
 
-COSTS = {"macs": ("MACs of a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
+COSTS = {"macs": ("the denoiser's MACs for a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
+MARKERS = "osD^"
 
 
 def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Path) -> None:
@@ -23,17 +25,21 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
 
     shown = {row.name: (row, x) for row in rows if (x := costs[row.name])}
     domains, metrics = _panels([row for row, _ in shown.values()])
-    if not shown:
+    if len({x for row, x in shown.values() if row.name != TEACHER}) < 2:  # all students on one line
+        path.unlink(missing_ok=True)
         return
     title, scale, unit = COSTS[cost]
     size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
     palette = plt.get_cmap("tab20").colors
-    colours = {row.name: palette[place % len(palette)] for place, row in enumerate(rows)}  # alike in every plot
+    looks = {  # alike in every plot
+        row.name: (palette[place % len(palette)], MARKERS[place // len(palette) % len(MARKERS)])
+        for place, row in enumerate(rows)
+    }
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
             for row, x in shown.values():
-                _point(axes[i, j], row, domain, metric, x / scale, colours[row.name])
+                _point(axes[i, j], row, domain, metric, x / scale, *looks[row.name])
             axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
             axes[i, j].tick_params(labelsize=7)
             if cost == "macs":
@@ -109,11 +115,11 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
     axis.grid(axis="y", lw=0.3)
 
 
-def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any) -> None:
+def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str) -> None:
     score, spread = _score(row, domain, metric)
     if score is None:
         return
-    marker = "*" if row.name == "teacher" else "o"
+    marker = "*" if row.name == TEACHER else marker
     axis.errorbar(
         x, score, yerr=spread, fmt=marker, ms=9 if marker == "*" else 5, color=colour, label=row.name, capsize=2
     )

@@ -227,10 +227,13 @@ def network_cost(network: nn.Module, side: int) -> dict[str, int]:
 
     device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        cast(Any, network).paint(
-            torch.zeros(1, 3, side, side, device=device), torch.zeros(1, 1, side, side, device=device)
-        )
+        cast(Any, network).paint(*blank(side, device))
     return {"params": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+def blank(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 3, side, side) and (1, 1, side, side): one picture and its mask, to measure a network on."""
+    return torch.zeros(1, 3, side, side, device=device), torch.zeros(1, 1, side, side, device=device)
 
 
 def shown_of(count: int) -> list[int]:

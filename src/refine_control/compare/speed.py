@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from refine_control.compare.plan import TEACHER, Run
-from refine_control.compare.runs import Workshop
-from refine_control.diffusion.model import Model
+from refine_control.compare.runs import Workshop, blank
 from refine_control.distill.distil import OURS
 from refine_control.distill.learner import Learner
 from refine_control.distill.loop import take_step
 from refine_control.distill.processes import gather, share_out
 from refine_control.distill.stages import Distillation
-from refine_control.evaluate.heldout import latency_ms
+from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
 
@@ -42,7 +42,8 @@ def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | 
     for file in filter(None, (path, other)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["of"] == OF and recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
+            alike = kept["of"] == OF and kept["machine"].items() <= machine().items()
+            if alike and recipes.items() <= kept["recipes"].items():
                 return kept
         except (OSError, ValueError, KeyError):  # not there, torn, or of another version
             pass
@@ -98,21 +99,25 @@ def _kind(run: Run, name: str) -> str:
 
 
 def forward_times(runs: Sequence[Run], shop: Workshop) -> dict[str, float]:
-    """Row -> ms of one forward of foundation + module on one picture, of the teacher too; medians, in turns."""
-    models: dict[str, Model] = {}
-    plans: dict[str, str] = {}
+    """Row -> ms of one forward on one picture, medians, in turns: of foundation + module, the teacher's too, or of a
+    rival's own network."""
+    forwards: dict[str, Callable[[], object]] = {}
+    plans: dict[str, str] = {}  # row -> the student that it shares with others
     for run in runs:
-        rival = shop.rival(run)
-        if rival is None or rival.losses:
-            distiller, plan = shop.distiller(run.recipe), str(run.recipe.student)
-            models.setdefault(TEACHER, distiller.teacher)
-            if plan not in plans.values():
-                student, _ = distiller.fresh_student(run.recipe, measure=False)
-                models[run.row] = replace(distiller.teacher, denoiser=student.eval().requires_grad_(False))
-            plans[run.row] = plan
-    measured = {name: taken["median"] for name, taken in latency_ms(models).items()}
+        rival, distiller, plan = shop.rival(run), shop.distiller(run.recipe), str(run.recipe.student)
+        if rival and rival.network:
+            network: Any = rival.network().to(distiller.teacher.device).eval().requires_grad_(False)
+            forwards[run.row] = partial(network.paint, *blank(run.recipe.data.resolution, distiller.teacher.device))
+            continue
+        forwards.setdefault(TEACHER, one_forward(distiller.teacher))
+        if plan not in plans.values():
+            student, _ = distiller.fresh_student(run.recipe, measure=False)
+            student.eval().requires_grad_(False)
+            forwards[run.row] = one_forward(replace(distiller.teacher, denoiser=student))
+        plans[run.row] = plan
+    measured = {name: taken["median"] for name, taken in latency_ms(forwards).items()}
     by_plan = {plans[row]: ms for row, ms in measured.items() if row in plans}
-    return {row: by_plan[plan] for row, plan in plans.items()} | {k: v for k, v in measured.items() if k == TEACHER}
+    return measured | {row: by_plan[plan] for row, plan in plans.items()}
 
 
 def minutes(run: Run, measured: dict[str, Any]) -> float | None:

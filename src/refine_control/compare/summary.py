@@ -40,11 +40,10 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     first = {run.row: run for run in reversed(todo) if run.row in results}
     domains = shop.domains
     rows = [_row(name, plan, first[name], results[name], times, domains) for name in results]
-    rivals = [name for name in results if _is_distilled(name, plan, first, shop)]
-    found = claims(plan.ours, results, rivals)
+    found = claims(plan.ours, results, _rivals(results, plan, first)) if plan.proof else []
     failed = gate_failures(results)
     title = plan.title + (f" [the teacher fails its gate: {', '.join(failed)}]" if failed else "")
-    provenance = _provenance(plan, results, times)
+    provenance = {**_provenance(plan, results, times), "gate_failures": failed}
     table = {
         "title": title, "ours": plan.ours, **provenance, "claims": [claim._asdict() for claim in found],
         "rows": {row.name: _figures(row, results[row.name]) for row in rows},
@@ -73,21 +72,18 @@ def _macs_of_a_picture(row: Row, run: Run, shop: Workshop) -> float | None:
     return row.macs * calls if row.macs else None
 
 
-def _is_distilled(name: str, plan: CompareRecipe, first: Mapping[str, Run], shop: Workshop) -> bool:
-    """A row that distils the same teacher into the same student for as many steps by another loss."""
-    if name in (TEACHER, plan.ours) or plan.ours not in first:
-        return False
-    run, ours, rival = first[name], first[plan.ours], shop.rival(first[name])
-    if rival is None and _loss(run) == _loss(ours):
-        return False  # the method itself, on other data
-    teaches = any(stage.weights.output or stage.weights.feature for stage in run.recipe.stages.values())
-    same = run.recipe.student == ours.recipe.student and run.steps == ours.steps
-    return teaches and same and (rival is None or rival.losses is not None)
+def _rivals(results: Mapping[str, Results], plan: CompareRecipe, first: Mapping[str, Run]) -> list[str]:
+    """The rows that the method has to be above: all but the teacher, scratch (a claim of its own) and the method itself
+    on other data or for other steps."""
+    if plan.ours not in first:
+        return []
+    ours = _loss(first[plan.ours])
+    return [name for name in results if name not in (TEACHER, "scratch") and _loss(first[name]) != ours]
 
 
 def _loss(run: Run) -> list[Any]:
-    recipe = run.recipe
-    return [recipe.alignment, recipe.feature_norm, recipe.init, *(stage.weights for stage in recipe.stages.values())]
+    recipe, weights = run.recipe, [stage.weights for stage in run.recipe.stages.values()]
+    return [run.rival, recipe.alignment, recipe.feature_norm, recipe.init, *weights]
 
 
 def _row(
@@ -112,8 +108,10 @@ def _row(
 
 def _figures(row: Row, results: Results) -> dict[str, Any]:
     runs = {seed: {d: s["metrics"] for d, s in result["domains"].items()} for seed, result in results.items()}
+    made_by = {seed: {key: result[key] for key in ("identity", "commit")} for seed, result in results.items()}
     cost = {"params": row.params, "macs": row.macs, "latency_ms": row.latency_ms, "wall_seconds": row.wall_seconds}
-    return {"label": row.label, "mean": row.scores, "spread": row.spread, "steps": row.steps, **cost, "runs": runs}
+    return {"label": row.label, "mean": row.scores, "spread": row.spread, "steps": row.steps, **cost, "runs": runs,
+            "made_by": made_by}  # fmt: skip
 
 
 def _provenance(plan: CompareRecipe, results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +127,7 @@ def _provenance(plan: CompareRecipe, results: Mapping[str, Results], times: dict
         "commits": sorted({result["commit"] for result in every}),
         "seeds": {name: sorted(some) for name, some in results.items()},
         "timed_on": times["machine"],
+        "timed_turns": times["rounds"] * times["turns"],
     }
 
 

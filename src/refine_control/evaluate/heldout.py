@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,15 +67,19 @@ class HeldOut:
 
 
 @torch.no_grad()
-def latency_ms(models: Mapping[str, Model], repeats: int = 30) -> dict[str, dict[str, float]]:
-    """Milliseconds of one forward of foundation + module on one picture: median and quartiles, models interleaved."""
-    inputs = {name: probe(model, model.device) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in models}
+def one_forward(model: Model) -> Callable[[], object]:
+    """Of foundation + module, on one picture."""
+    return partial(model.denoiser, *probe(model, model.device))
+
+
+def latency_ms(forwards: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, dict[str, float]]:
+    """Milliseconds that each takes, such as `one_forward` of a model: median and quartiles, all in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in forwards}
     for turn in range(repeats + 3):
-        for name, model in models.items():
+        for name, forward in forwards.items():
             began = time.perf_counter()
-            model.denoiser(*inputs[name])
-            if model.device.type == "cuda":
+            forward()
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= 3:  # the first turns warm up
                 taken[name].append((time.perf_counter() - began) * 1e3)

@@ -20,7 +20,7 @@ from refine_control.distill.processes import refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
-from refine_control.evaluate.heldout import latency_ms
+from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.report import Row, text_table, write_table
 from refine_control.files import write_whole
 from refine_control.recipe import DistilRecipe
@@ -46,7 +46,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         result = evaluate_model(name, domains, recipe, folder)
         model = load(name).freeze()
         scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
-        cost = {"latency_ms": latency_ms({name: model})[name]["median"], **result["cost"]}
+        cost = {"latency_ms": latency_ms({name: one_forward(model)})[name]["median"], **result["cost"]}
         listened = caption_losses(model, domains["labelled"].heldout)
         table[name] = {"domains": scores, **cost, "caption_losses": listened}
         pictures = drawn(folder)
@@ -80,9 +80,18 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "platform": platform.platform(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "refine_control": __version__,
     }
+
+
+def _processor() -> str:
+    """Its name; '' where the system does not tell."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
