@@ -1,5 +1,6 @@
 """Rivals: what each computes, and that one small file is enough for another."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_hole_only_looks_into_the_hole(seen: Seen) -> None:
     inside[:, :, :4] += 5
     assert losses(replace(seen, taught=inside), ALL)["output"].item() == pytest.approx(5, rel=1e-5)
     assert losses(seen, ALL)["task"].equal(tri_level(seen, ALL)["task"])
+
+
+def test_the_example_in_the_docs_is_a_rival(seen: Seen, tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs/evaluate.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_rival.py").write_text(code)
+    losses = find("my-rival", [tmp_path / "my_rival.py"]).losses
+    assert losses is not None
+    assert seen.taught is not None
+    gap = (seen.predicted - seen.taught).abs().mean()
+    assert losses(seen, LossWeights(task=0.1, output=1))["output"].equal(gap)
 
 
 @pytest.mark.parametrize("name", ["mean-fill", "telea", "navier-stokes", "biharmonic", "patchmatch"])
