@@ -28,13 +28,33 @@ COMPARISONS = (
 )
 SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
     "compare-headline": ("teacher", "scratch", "output-kd", "refine-control"),
-    "compare-emoji": ("scratch", "output-kd", "refine-control"),
+    "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic", "feedforward"),
     "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
 }
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
 ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each other on the page
+PROTOCOL = (
+    "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px; students of "
+    "3 to 8 million parameters; 1,500 steps of 32 pictures for the tables against rivals, 750 for ablations (each "
+    "table says its steps). The same grid at 64 px on a GPU has not been run.",
+    "",
+    "- **Alike for all rows of a table**: student, pictures, batches, masks, noise, steps, sampler; wall time stands "
+    "beside steps. Pictures that are scored are of concepts that no training picture shows; both domains, 192 each.",
+    "- **Seeds**: five for the method and for scratch where they meet rivals, three for all other rows that a claim "
+    "rests on; where a table has fewer, it claims nothing of that row. A map drawn by lot is one draw.",
+    "- **Chosen on validation pictures**, one seed: optimiser, rate and clipping (`recipes/compare-schedule.yaml`), "
+    "weights of the rivals (`recipes/compare-rivals.yaml`). The sampler's steps were chosen on the scored pictures, "
+    "for all models alike (decision 24 in `docs/decisions/`).",
+    "- **Stored**: of each run a JSON with its scores picture by picture, recipe, commit and machine "
+    "(`results/COMPARISON/ROW/seed-N/run.json`); what decided it, as a digest, there and in `scores.json`.",
+)
+CLIPPED = (
+    "\\* with gradients clipped to a norm of 1, before it was found that this takes most from the rows of which the "
+    "loss is largest (decision 30): BK-SDM's, distill-sd's, attention transfer, all with a task weight of 1. These are "
+    "made anew without."
+)
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
 
@@ -83,7 +103,10 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
         "macs.png": "scores against the MACs of a picture",
         "wall_seconds.png": "scores against the time of training",
     }
-    return written(f"{name}/table.md", commands, plots)
+    lines = written(f"{name}/table.md", commands, plots)
+    if (ROOT / "results" / name / "report.html").is_file():
+        lines += [f"Pictures and losses: [results/{name}/report.html](../results/{name}/report.html).", ""]
+    return lines
 
 
 def overview() -> list[str]:
@@ -96,8 +119,17 @@ def overview() -> list[str]:
             seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
             claims = [claim["holds"] for claim in one["claims"]]
             held = f"{sum(claims)} of {len(claims)}" if claims else "–"
-            lines.append(f"| [{title}](#{anchor(title)}) | {len(one['rows'])} | {seeds} | {held} |")
+            title += "*" if clipped(name) else ""
+            lines.append(f"| [{title}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
+    if any(map(clipped, ALL_COMPARED)):
+        lines += ["", CLIPPED]
     return [*lines, ""]
+
+
+def clipped(name: str) -> bool:
+    """Whether all rows of a comparison were trained with gradients clipped, by its recipe."""
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    return recipe.is_file() and "stages.max_grad_norm: 1}" in recipe.read_text(encoding="utf-8")
 
 
 def anchor(title: str) -> str:
@@ -170,7 +202,7 @@ def in_short() -> list[str]:
     metrics = list(first["rows"]["teacher"]["mean"]["labelled"])
     names = [f"{metric.partition('[')[0]} {arrow(metric)}" for metric in metrics]
     lines = [
-        f"| | parameters | forwards | {' | '.join(names)} | seeds |",
+        f"| | parameters of the denoiser | forwards | {' | '.join(names)} | seeds |",
         "|---|---:|---:|" + "---:|" * (len(metrics) + 1),
     ]
     held = []
@@ -178,30 +210,36 @@ def in_short() -> list[str]:
         rows, (steps, guidance) = one["rows"], one["samplers"][0]
         forwards = steps * (2 if guidance > 1 else 1)
         for row in (row for row in SHORT[name] if row in rows):
-            smaller = rows["teacher"]["params"] / rows[row]["params"]
-            label = rows[row]["label"] if row == "teacher" else f"{smaller:.1f}x smaller: {rows[row]['label']}"
+            label, params = rows[row]["label"], rows[row]["params"]
+            if params and row != "teacher":
+                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}"
             lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
-        claims = [claim["holds"] for claim in one["claims"]]
-        rivals = {claim["against"] for claim in one["claims"]} - {None}
+        claims = one["claims"]
+        missed = dict.fromkeys(claim["against"] for claim in claims if not claim["holds"])
+        above = ", ".join(rows[row]["label"] for row in missed if row)
         smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
         held.append(
-            f"{sum(claims)} of {len(claims)} for the student {smaller:.1f}x smaller with {forwards} forward(s), beside "
-            f"{len(rivals)} rows"
+            f"{sum(claim['holds'] for claim in claims)} of {len(claims)} for the student {smaller:.1f}x smaller with "
+            f"{forwards} forward(s), beside {len({claim['against'] for claim in claims} - {None})} rows"
+            + (f" (not above: {above})" if above else "")
         )
     scored = first["extractors"][0]
     said = (
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
         f"{scored['extractor']}; mean ± standard deviation over training seeds; forwards: of the denoiser, for a "
         "picture; training steps, pictures and noise are the same for every row but the feed-forward one. Of what the "
-        "proof is to show, in each of two domains (better than from scratch and than each other loss with the same "
-        f"student and steps; near the teacher), hold {'; '.join(held)}."
+        "proof is to show, in each of two domains (better than every other row; near the teacher), hold "
+        f"{'; '.join(held)}."
     )
+    if any(map(clipped, measured)):
+        said += " These tables are being made anew: why, stands at the mark * of `docs/results.md`."
     return [*lines, "", said]
 
 
 def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str, forwards: int) -> str:
     cells = [cell(*(entry[kind]["labelled"][metric]["hole"] for kind in ("mean", "spread"))) for metric in metrics]
-    return f"| {label} | {entry['params'] / 1e6:.1f} M | {forwards} | {' | '.join(cells)} | {len(entry['runs'])} |"
+    size = (f"{entry['params'] / 1e6:.1f} M", forwards) if entry["params"] else ("–", "–")
+    return f"| {label} | {size[0]} | {size[1]} | {' | '.join(cells)} | {len(entry['runs'])} |"
 
 
 def in_readme(text: str) -> str:
@@ -223,7 +261,7 @@ def on_what(scores: dict[str, Any]) -> str:
 def page() -> str:
     """docs/results.md."""
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
-    lines += overview()
+    lines += [*PROTOCOL, "", *overview()]
     if gate := read("teacher-gate/scores.json"):
         lines += ["## The embedded teacher against classical inpainting", ""]
         lines += ["`refine-control evaluate zoo:emoji-teacher --baselines`", "", on_what(gate), ""]
