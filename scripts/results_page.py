@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refine_control.compare.plan import CompareRecipe, load, runs
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
@@ -25,6 +27,7 @@ COMPARISONS = (
     "compare-labels",
     "compare-unlabelled",
     "compare-schedule",
+    "compare-rivals",
 )
 SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
     "compare-headline": ("teacher", "scratch", "output-kd", "refine-control"),
@@ -36,24 +39,20 @@ EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
 ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each other on the page
 PROTOCOL = (
-    "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px; students of "
-    "3 to 8 million parameters; 1,500 steps of 32 pictures for the tables against rivals, 750 for ablations (each "
-    "table says its steps). The same grid at 64 px on a GPU has not been run.",
+    "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
+    "to 8 million parameters, the steps and seeds that each table says. A row claims nothing on fewer than three "
+    "seeds; a map drawn by lot is one draw. The same grid at 64 px on a GPU has not been run.",
     "",
-    "- **Alike for all rows of a table**: student, pictures, batches, masks, noise, steps, sampler; wall time stands "
-    "beside steps. Pictures that are scored are of concepts that no training picture shows; both domains, 192 each.",
-    "- **Seeds**: five for the method and for scratch where they meet rivals, three for all other rows that a claim "
-    "rests on; where a table has fewer, it claims nothing of that row. A map drawn by lot is one draw.",
-    "- **Chosen on validation pictures**, one seed: optimiser, rate and clipping (`recipes/compare-schedule.yaml`), "
-    "weights of the rivals (`recipes/compare-rivals.yaml`). The sampler's steps were chosen on the scored pictures, "
-    "for all models alike (decision 24 in `docs/decisions/`).",
-    "- **Stored**: of each run a JSON with its scores picture by picture, recipe, commit and machine "
-    "(`results/COMPARISON/ROW/seed-N/run.json`); what decided it, as a digest, there and in `scores.json`.",
+    "All rows of a table see the same batches, masks and noise and are drawn with the same sampler; student and steps "
+    "are the same unless a row's name says otherwise, and wall time stands beside steps. What is scored shows concepts "
+    "that no training picture shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by "
+    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it. How the rows learn was "
+    "chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`), the sampler's "
+    "steps on the scored ones, for all models alike.",
 )
 CLIPPED = (
-    "\\* with gradients clipped to a norm of 1, before it was found that this takes most from the rows of which the "
-    "loss is largest (decision 30): BK-SDM's, distill-sd's, attention transfer, all with a task weight of 1. These are "
-    "made anew without."
+    "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, and with gradients clipped, which takes most "
+    "from the rows of which the loss is largest. These tables are made anew."
 )
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
@@ -111,25 +110,28 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
 
 def overview() -> list[str]:
     """A line for each comparison: its rows, their seeds where they are trained, how much of what it claims holds."""
+    here = {name: one for name in ALL_COMPARED if (one := read(f"{name}/scores.json"))}
     lines = ["| comparison | rows | seeds | claims that hold |", "|---|---:|---:|---:|"]
-    for name in ALL_COMPARED:
-        if one := read(f"{name}/scores.json"):
-            title = one["title"]
-            counts = [len(row["runs"]) for row in one["rows"].values() if row["steps"]]
-            seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
-            claims = [claim["holds"] for claim in one["claims"]]
-            held = f"{sum(claims)} of {len(claims)}" if claims else "–"
-            title += "*" if clipped(name) else ""
-            lines.append(f"| [{title}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
-    if any(map(clipped, ALL_COMPARED)):
-        lines += ["", CLIPPED]
-    return [*lines, ""]
+    for name, one in here.items():
+        counts = [len(row["runs"]) for row in one["rows"].values() if row["steps"]]
+        seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
+        claims = [claim["holds"] for claim in one["claims"] if recipe_of(name).proof]
+        held = f"{sum(claims)} of {len(claims)}" if claims else "–"
+        title = one["title"] + "*" * clipped(name)
+        lines.append(f"| [{title}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
+    return [*lines, "", *([CLIPPED, ""] if any(map(clipped, here)) else [])]
 
 
 def clipped(name: str) -> bool:
-    """Whether a comparison is one of before its rows learnt faster and without clipping."""
-    recipe = ROOT / "recipes" / f"{name}.yaml"
-    return recipe.is_file() and "base: emoji-proof-clipped.yaml" in recipe.read_text(encoding="utf-8")
+    """Whether the method's row of a comparison is trained with gradients clipped."""
+    plan = recipe_of(name)
+    return next(run.recipe.stage1.max_grad_norm for run in runs(plan, {}) if run.row == plan.ours) < float("inf")
+
+
+@cache
+def recipe_of(name: str) -> CompareRecipe:
+    """Of a comparison, by the folder of its results."""
+    return load(ROOT / "recipes" / f"{'compare-demo' if name == 'demo' else name}.yaml", {})[0]
 
 
 def anchor(title: str) -> str:
@@ -214,7 +216,8 @@ def in_short() -> list[str]:
             if params and row != "teacher":
                 label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}"
             lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
-        claims = one["claims"]
+        if not (claims := one["claims"]):
+            continue
         missed = dict.fromkeys(claim["against"] for claim in claims if not claim["holds"])
         above = ", ".join(rows[row]["label"] for row in missed if row)
         smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
@@ -227,9 +230,8 @@ def in_short() -> list[str]:
     said = (
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
         f"{scored['extractor']}; mean ± standard deviation over training seeds; forwards: of the denoiser, for a "
-        "picture; training steps, pictures and noise are the same for every row but the feed-forward one. Of what the "
-        "proof is to show, in each of two domains (better than every other row; near the teacher), hold "
-        f"{'; '.join(held)}."
+        "picture; training steps and pictures are the same unless the row's name says otherwise. Of the claims in "
+        f"`docs/results.md` (above other rows, near the teacher, in each of two domains) hold {'; '.join(held)}."
     )
     if any(map(clipped, measured)):
         said += " These tables are being made anew: why, stands at the mark * of `docs/results.md`."

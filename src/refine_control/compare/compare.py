@@ -23,8 +23,8 @@ def compare(
 ) -> str:
     """Trains and scores every row with every seed, resuming what is there. Returns the table, to be printed.
 
-    Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, scores.json, table.md, table.csv, three
-    plots and report.html; in work_dir: ROW/seed-N/ with the student, losses and checkpoints. Started twice, two
+    Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, scores.json, table.md, table.csv, plots
+    and report.html; in work_dir: ROW/seed-N/ with the student, losses and checkpoints. Started twice, two
     processes share the runs out.
 
     overrides: of the base recipe. rivals: files beside those in compare/rivals/. finished_only: nothing is trained or

@@ -35,15 +35,15 @@ OF = "fastest"  # which of all turns counts for a step: what else this machine d
 
 
 def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None) -> dict[str, Any]:
-    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine"}: as it was measured before, in `path` or
-    `other`, where that had these rows with these recipes, on such a machine; else it is measured, and kept in `path`.
+    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured before,
+    in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured, and kept
+    in `path`.
     """
     recipes = {run.row: {stage: _kind(run, stage) for stage in run.recipe.stages} for run in runs}
     for file in filter(None, (path, other)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            alike = kept["of"] == OF and kept["machine"].items() <= machine().items()
-            if alike and recipes.items() <= kept["recipes"].items():
+            if kept["of"] == OF and recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
                 return kept
         except (OSError, ValueError, KeyError):  # not there, torn, or of another version
             pass
@@ -91,6 +91,7 @@ def _kind(run: Run, name: str) -> str:
         recipe.student,
         recipe.alignment,
         stage.batch_size,
+        stage.optimizer,
         stage.labelled_fraction,
         run.rival,
         recipe.run.model_dump(),

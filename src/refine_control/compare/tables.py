@@ -52,7 +52,7 @@ def _how(provenance: Mapping[str, Any]) -> list[str]:
 
 def _gate(failures: Sequence[str] | None) -> str:
     if failures is None:
-        return "The teacher's gate is not checked here: there is no classical inpainting beside it."
+        return "The teacher's gate is not checked here: it takes the teacher and a row of classical inpainting."
     beaten = f"fails: {', '.join(failures)}" if failures else "holds"
     return (
         f"The teacher's gate (better than classical inpainting in LPIPS, FID and CMMD of the labelled domain) {beaten}."
@@ -112,7 +112,7 @@ def _costs(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
         "Parameters, MACs and ms are of foundation and module, without the autoencoder and the text encoder, which are "
         "the teacher's; of a rival's own network, of all of it. Minutes of training: steps times the fastest of "
         f"{provenance['timed_turns']} turns of a step, nothing of the teacher's kept from earlier; {on['threads']} "
-        f"thread(s) of {on['cores']} cores{', ' + on['processor'] if on.get('processor') else ''}.",
+        f"thread(s) of {on['cores']} cores, {on['processor']}, {on['gpu'] or 'no GPU'}.",
         "",
         "| | parameters | MACs of a forward | ms of a forward | steps | minutes of training |",
         "|---|---:|---:|---:|---:|---:|",

@@ -66,12 +66,12 @@ class HeldOut:
         return (fill(model, b, config, seeds)[1] + 1) / 2
 
 
-@torch.no_grad()
 def one_forward(model: Model) -> Callable[[], object]:
     """Of foundation + module, on one picture."""
     return partial(model.denoiser, *probe(model, model.device))
 
 
+@torch.no_grad()
 def latency_ms(forwards: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, dict[str, float]]:
     """Milliseconds that each takes, such as `one_forward` of a model: median and quartiles, all in turns."""
     taken: dict[str, list[float]] = {name: [] for name in forwards}
