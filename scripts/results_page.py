@@ -148,11 +148,6 @@ def bias() -> list[str]:
     ]
 
 
-def sampler_steps() -> list[str]:
-    plot = {"plot.png": "scores in the hole against sampler steps"}
-    return written("sampler-steps/table.md", ["python scripts/sampler_steps.py"], plot)
-
-
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     """What `refine-control bench` measured."""
     how, on = measured["settings"], measured["machine"]
@@ -282,7 +277,8 @@ def page() -> str:
     for name in COMPARISONS:
         lines += compared(name, [*FIRST.get(name, []), f"refine-control compare recipes/{name}.yaml"])
     lines += bias()
-    lines += sampler_steps()
+    plot = {"plot.png": "scores in the hole against sampler steps"}
+    lines += written("sampler-steps/table.md", ["python scripts/sampler_steps.py"], plot)
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")

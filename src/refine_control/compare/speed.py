@@ -35,9 +35,9 @@ OF = "fastest"  # which of all turns counts for a step: what else this machine d
 
 
 def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None) -> dict[str, Any]:
-    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured before,
-    in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured, and kept
-    in `path`.
+    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured
+    before, in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured,
+    and kept in `path`.
     """
     recipes = {run.row: {stage: _kind(run, stage) for stage in run.recipe.stages} for run in runs}
     for file in filter(None, (path, other)):
