@@ -48,7 +48,7 @@ PROTOCOL = (
     "that no training picture shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by "
     "picture, recipe, commit and machine; `scores.json` has the digest of what decided it. How the rows learn was "
     "chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`), the sampler's "
-    "steps on the scored ones, for all models alike.",
+    "steps on the scored ones, for all models alike; validation pictures say the same (`results/sampler-steps-val`).",
 )
 CLIPPED = (
     "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, and with gradients clipped, which takes most "
