@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refine_control.compare.plan import CompareRecipe, load, runs
+from refine_control.compare.plan import CompareRecipe, load, narrowed, runs
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
@@ -125,7 +125,8 @@ def overview() -> list[str]:
 def clipped(name: str) -> bool:
     """Whether the method's row of a comparison is trained with gradients clipped."""
     plan = recipe_of(name)
-    return next(run.recipe.stage1.max_grad_norm for run in runs(plan, {}) if run.row == plan.ours) < float("inf")
+    (run,) = runs(narrowed(plan, [plan.ours], plan.seeds[:1]), {})
+    return run.recipe.stage1.max_grad_norm < float("inf")
 
 
 @cache

@@ -78,25 +78,24 @@ def _above(
 
 
 def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metrics: list[str]) -> list[Claim]:
-    means = {name: over_seeds(results[name])[0][domain] for name in ("teacher", "scratch") if name in results}
+    means = {name: over_seeds(results[name])[0][domain] for name in (ours, "teacher", "scratch") if name in results}
     found = []
     for metric in metrics:
-        mine = [value(result, domain, metric, "hole") for result in results[ours].values()]
-        mine.append(statistics.mean(mine))
-        teacher = means["teacher"][metric]["hole"]
+        mine, teacher = means[ours][metric]["hole"], means["teacher"][metric]["hole"]
+        seeds = [value(result, domain, metric, "hole") for result in results[ours].values()]
         if sign(metric) > 0:
             text = f"{domain}: {LEAST_SHARE:.0%} of the teacher's {metric}"
-            found.append(_share(text, [one / teacher for one in mine], LEAST_SHARE))
+            found.append(_share(text, mine / teacher, [one / teacher for one in seeds], LEAST_SHARE))
         elif "scratch" in means:
             scratch = means["scratch"][metric]["hole"]
             text = f"{domain}: {metric} at least half of the way from scratch to the teacher"
-            found.append(_share(text, [closed(teacher, scratch, one) for one in mine], LEAST_CLOSED))
+            ways = [closed(teacher, scratch, one) for one in seeds]
+            found.append(_share(text, closed(teacher, scratch, mine), ways, LEAST_CLOSED))
     return found
 
 
-def _share(text: str, shares: list[float], least: float) -> Claim:
-    """shares: of the score of each seed, and last of the mean score, which decides."""
-    *shares, held = shares
+def _share(text: str, held: float, shares: list[float], least: float) -> Claim:
+    """held: the share of the mean score, which decides. shares: of the score of each seed."""
     reach = sum(one >= least for one in shares)
     figures = f"{100 * held:.1f} % ± {100 * statistics.stdev(shares):.1f}; in {reach} of {len(shares)} seeds"
     return Claim(text, held >= least, figures)
