@@ -279,7 +279,8 @@ def page() -> str:
         lines += compared(name, [*FIRST.get(name, []), f"refine-control compare recipes/{name}.yaml"])
     lines += bias()
     plot = {"plot.png": "scores in the hole against sampler steps"}
-    lines += written("sampler-steps/table.md", ["python scripts/sampler_steps.py"], plot)
+    commands = ["refine-control compare recipes/compare-emoji.yaml", "python scripts/sampler_steps.py"]
+    lines += written("sampler-steps/table.md", commands, plot)
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
