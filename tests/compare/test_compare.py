@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import tiny
 from refine_control import recipe as recipes
+from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
 from refine_control.compare import sharing
@@ -135,6 +136,18 @@ def test_tables_of_what_is_complete_without_training_the_rest(base: Path, whole:
     assert table["seeds"] == {"teacher": [0], "scratch": [0], "refine-control": [0, 1]}
     assert set(table["rows"]) == set(table["seeds"])
     assert not list((tmp_path / "work").rglob("losses.jsonl"))
+
+
+@pytest.mark.parametrize("proof", [True, False])
+def test_an_ablation_claims_nothing(
+    proof: bool, base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "LEAST_SEEDS", 2)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    plan = plan_of(base, tmp_path).model_copy(update={"proof": proof})
+    comparing.compare(plan, {}, finished_only=True)
+    assert bool(json.loads((tmp_path / "results/scores.json").read_text())["claims"]) == proof
+    assert ("## Claims" in (tmp_path / "results/table.md").read_text()) == proof
 
 
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
