@@ -16,7 +16,7 @@ from refine_control.distill.loop import Losses
 
 
 class Network(nn.Module):
-    """3.4M parameters with these widths, as the student of recipes/demo.yaml has."""
+    """3.4M parameters with these widths, about as many as the student of recipes/demo.yaml has."""
 
     def __init__(self, widths: tuple[int, ...] = (48, 112, 208), blocks: int = 2) -> None:
         super().__init__()
