@@ -119,6 +119,12 @@ def test_what_does_not_go_with_shards(small: Path) -> None:
         assert "do not work on sharded weights" in refused(small, {"run.shard": "true", f"run.{other}": "true"})
 
 
+def test_eight_bits_are_adams(small: Path) -> None:
+    eight = {"run.use_8bit_adam": "true", "stage2.optimizer": "muon"}
+    assert "or stage2.optimizer to adamw, not muon" in refused(small, eight | {"stage2.steps": "1"})
+    load(DistilRecipe, small, eight | {"stage2.steps": "0"})
+
+
 def test_what_is_learnt_for_few_steps_is_drawn_with_them(small: Path, tmp_path: Path) -> None:
     few = {"stage1.num_inference_steps": "2", "stage2.num_inference_steps": "2"}
     assert "stage1.num_inference_steps 2" in refused(small, few)

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from refine_control.errors import RecipeError
 from refine_control.files import is_known, write_whole
@@ -172,9 +165,17 @@ class TeacherRecipe(Config):
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
-    def _draws_as_it_learns(self) -> TeacherRecipe:
-        _refuse_other_steps(self.sample, denoiser_stage=self.denoiser_stage)
+    def _stages_go_with_the_rest(self) -> TeacherRecipe:
+        stages = {name: getattr(self, name) for name in ("autoencoder_stage", "denoiser_stage")}
+        _refuse_what_does_not_go_together(self.sample, self.run, stages)
         return self
+
+    @field_validator("denoiser_stage")
+    @classmethod
+    def _nobody_teaches_a_teacher(cls, value: StageConfig) -> StageConfig:
+        if value.weights != LossWeights(task=value.weights.task):
+            raise ValueError("a teacher learns by the task alone; set weights.output and weights.feature to 0")
+        return value
 
 
 class DistilRecipe(Config):
@@ -197,8 +198,8 @@ class DistilRecipe(Config):
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
-    def _draws_as_it_learns(self) -> DistilRecipe:
-        _refuse_other_steps(self.sample, **self.stages)
+    def _stages_go_with_the_rest(self) -> DistilRecipe:
+        _refuse_what_does_not_go_together(self.sample, self.run, self.stages)
         return self
 
     @property
@@ -206,8 +207,10 @@ class DistilRecipe(Config):
         return {"stage1": self.stage1, "stage2": self.stage2}
 
 
-def _refuse_other_steps(sample: SampleConfig, **stages: StageConfig) -> None:
+def _refuse_what_does_not_go_together(sample: SampleConfig, run: RunConfig, stages: dict[str, StageConfig]) -> None:
     for name, stage in stages.items():
+        if run.use_8bit_adam and stage.steps and stage.optimizer == "muon":
+            raise ValueError(f"run.use_8bit_adam is of AdamW; set it to false, or {name}.optimizer to adamw, not muon")
         if (learnt := stage.num_inference_steps) not in (None, sample.num_inference_steps):
             raise ValueError(
                 f"{name}.num_inference_steps {learnt}: only the timesteps of as many steps would be learnt, but "

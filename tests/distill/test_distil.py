@@ -166,6 +166,23 @@ def test_each_stage_and_each_seed_sees_its_own_batches(
     assert len(set(seeds)) == 6, "two stages and the norms, for two seeds"
 
 
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ({"batch_size": 3}, "stage2: batch_size 3 does not divide"),
+        ({"snr_gamma": 5.0, "num_inference_steps": 1}, r"stage2: snr_gamma 5\.0 gives .* no weight"),
+    ],
+)
+def test_a_mistake_in_stage_2_does_not_cost_stage_1(
+    recipe: DistilRecipe, tmp_path: Path, mistake: dict[str, object], told: str
+) -> None:
+    run = RUN.model_copy(update={"gradient_accumulation_steps": 2})
+    wrong = into(recipe, tmp_path, run=run, stage2=recipe.stage2.model_copy(update=mistake))
+    with pytest.raises(RecipeError, match=told):
+        distil(wrong)
+    assert not (tmp_path / "stage1").exists()
+
+
 def test_an_alignment_of_ones_own(recipe: DistilRecipe) -> None:
     distiller = Distiller(recipe.teacher, recipe.data, recipe.run)
     mapping = {"foundation.up_blocks.1": "foundation.up_blocks.0"}

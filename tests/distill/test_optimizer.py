@@ -74,11 +74,6 @@ def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Non
         build_optimizer([nn.Parameter(torch.zeros(1))], stage(), EIGHT)
 
 
-def test_muon_has_no_eight_bits() -> None:
-    with pytest.raises(RecipeError, match=r"run\.use_8bit_adam is of AdamW; set it to false"):
-        build_optimizer([nn.Parameter(torch.zeros(1))], stage(optimizer="muon"), EIGHT)
-
-
 @pytest.mark.parametrize("run", [RUN, EIGHT], ids=["fp32", "8 bits"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_moments_are_counted_as_they_are_kept(run: RunConfig, optimizer: str) -> None:

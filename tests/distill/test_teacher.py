@@ -1,10 +1,13 @@
 """The teacher's own training, end to end on a few pictures."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from refine_control.diffusion import store
 from refine_control.diffusion.store import load
 from refine_control.distill.teacher import (
     Reconstruction,
@@ -14,8 +17,8 @@ from refine_control.distill.teacher import (
     open_shown,
     train_teacher,
 )
-from refine_control.errors import DataError
-from refine_control.recipe import SampleConfig, TeacherRecipe
+from refine_control.errors import DataError, RecipeError
+from refine_control.recipe import NoiseConfig, SampleConfig, TeacherRecipe
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
 
 
@@ -97,6 +100,57 @@ def test_going_on_from_a_model_leaves_its_autoencoder(folder: Path, recipe: Teac
         (next(after.text_encoder.parameters()), next(before.text_encoder.parameters())),
     ):
         assert not torch.equal(ours, theirs)
+
+
+def test_what_the_recipe_says_of_a_model_to_go_on_from_is_true(folder: Path, recipe: TeacherRecipe) -> None:
+    def refused(**changes: object) -> str:
+        with pytest.raises(RecipeError) as error:
+            train_teacher(recipe.model_copy(update={"init_from": str(folder), **changes}))
+        return str(error.value)
+
+    other = TEACHER.model_copy(update={"norm_num_groups": 8})
+    assert f"denoiser.norm_num_groups is 8, but {TEACHER.norm_num_groups} of '{folder}'" in refused(denoiser=other)
+    noise = NoiseConfig(prediction_type="sample")
+    assert "noise.prediction_type is sample, but v_prediction of" in refused(noise=noise)
+
+
+def test_another_model_to_go_on_from(folder: Path, recipe: TeacherRecipe, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "from")
+    begun = {"init_from": str(tmp_path / "from"), "autoencoder_stage": stage(0, (1, 0, 0))}
+    further = recipe.model_copy(update={"output_dir": str(tmp_path / "run"), **begun})
+    train_teacher(further)
+    train_teacher(further)
+    model = load(str(folder))
+    with torch.no_grad():
+        model.denoiser.foundation.conv_out.weight += 1
+    store.save(model, tmp_path / "from", torch.float16)
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe .*init_from"):
+        train_teacher(further)
+
+
+def test_a_mistake_in_the_denoisers_stage_does_not_cost_the_autoencoder(recipe: TeacherRecipe, tmp_path: Path) -> None:
+    short = recipe.denoiser_stage.model_copy(update={"labelled_fraction": 0.5})
+    with pytest.raises(DataError, match=r"plain images are needed: set data\.unlabelled"):
+        train_teacher(recipe.model_copy(update={"output_dir": str(tmp_path), "denoiser_stage": short}))
+    assert not (tmp_path / "autoencoder").exists()
+
+
+def test_a_teacher_learns_by_the_task_alone(recipe: TeacherRecipe) -> None:
+    plain = recipe.model_dump()
+    plain["denoiser_stage"]["weights"] = {"task": 1, "output": 1}
+    with pytest.raises(ValidationError, match="a teacher learns by the task alone"):
+        TeacherRecipe.model_validate(plain)
+
+
+def test_the_task_weighs_holes_and_leaves_out_plain_pictures_as_the_stages_do() -> None:
+    model, pictures = tiny_model(), batch(4, 0.5)
+
+    def task(**changes: object) -> float:
+        return TeacherTask(model, stage(caption_dropout=0, **changes), cache_gb=0.1)(pictures)["task"].item()
+
+    assert task(hole_weight=8.0) != task()
+    half = task(task_on_unlabelled=False)
+    assert 0 < half < task()
 
 
 def test_the_task_reaches_denoiser_and_text_encoder_and_spares_the_autoencoder() -> None:

@@ -30,7 +30,7 @@ from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
 from refine_control.distill.processes import pick_device, set_threads
 from refine_control.distill.stages import Distillation, Method, teacher_features
-from refine_control.distill.teacher import check_resolution, contents, open_pictures, open_shown
+from refine_control.distill.teacher import check_resolution, check_stage, contents, open_pictures, open_shown
 from refine_control.errors import RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig
@@ -92,6 +92,8 @@ class Distiller:
         loaders = {  # of both stages now: a mistake in the second should not cost the first
             name: self.loader(recipe, stage, name) for name, stage in recipe.stages.items() if stage.steps
         }
+        for name, loader in loaders.items():
+            check_stage(name, recipe.stages[name], recipe.run, loader, self.teacher.scheduler)
         if self.team.is_main_process:
             self.claim(recipe, folder, method)
         student, bridges = self.fresh_student(recipe)

@@ -49,12 +49,10 @@ def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig, run: Run
     """Muon, or AdamW (Loshchilov & Hutter 2019, 1711.05101), in 8 bits (Dettmers et al. 2022, 2110.02861) if asked.
 
     Raises:
-        RecipeError: 8 bits were asked for and bitsandbytes is not there, or the optimiser is Muon.
+        RecipeError: 8 bits were asked for and bitsandbytes is not there.
     """
     settings: dict[str, Any] = {"lr": stage.learning_rate, "weight_decay": stage.weight_decay, "betas": (0.9, 0.99)}
     if stage.optimizer == "muon":
-        if run.use_8bit_adam:
-            raise RecipeError("run.use_8bit_adam is of AdamW; set it to false, or the stages' optimizer to adamw")
         return Muon(parameters, **settings)
     if not run.use_8bit_adam:
         return torch.optim.AdamW(parameters, **settings, fused=True)  # one pass over the weights, on CPU too

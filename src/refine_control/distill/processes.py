@@ -70,7 +70,9 @@ def gather(device: torch.device) -> Accelerator:
     return Accelerator(device_placement=False, mixed_precision="no", cpu=device.type == "cpu")
 
 
-def share_out(batches: Batches, stage: StageConfig, run: RunConfig, team: Accelerator) -> Callable[[int], list[Batch]]:
+def share_out(
+    batches: Batches, stage: StageConfig, run: RunConfig, team: Accelerator | PartialState
+) -> Callable[[int], list[Batch]]:
     """step -> this process's parts of its batch, one for each pass. All parts of all processes have equally many rows.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -17,17 +18,19 @@ from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import NoSplitError, open_usable
 from refine_control.diffusion import store
 from refine_control.diffusion.build import build_autoencoder, build_denoiser, build_text_encoder, build_tokenizer
+from refine_control.diffusion.cache import digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model, halvings
 from refine_control.diffusion.noise import NoiseSchedule, sampler_at, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, train
-from refine_control.distill.losses import task_loss
+from refine_control.distill.losses import by_place, task_loss
 from refine_control.distill.preview import Preview, save_grid
-from refine_control.distill.processes import pick_device, refuse_processes, set_threads
-from refine_control.errors import DataError, ModelError
+from refine_control.distill.processes import pick_device, refuse_processes, set_threads, share_out
+from refine_control.errors import DataError, ModelError, RecipeError
 from refine_control.files import hold
-from refine_control.recipe import DataConfig, StageConfig, TeacherRecipe
+from refine_control.recipe import DataConfig, RunConfig, StageConfig, TeacherRecipe
+from refine_control.student.named import plan_of
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
 
@@ -43,15 +46,20 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
 def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     set_threads(recipe.run)
     labelled, unlabelled = open_pictures(recipe.data)
-    claim(recipe, folder, contents(labelled, unlabelled))
+    if recipe.init_from:
+        recipe = recipe.model_copy(update={"init_from": store.pin(recipe.init_from)})
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
+    begun_from = {"init_from": [digest(part) for part in model.parts]} if recipe.init_from else {}
+    claim(recipe, folder, contents(labelled, unlabelled), begun_from)
     sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
+    loader = _loader(recipe, recipe.denoiser_stage, labelled, unlabelled)
+    check_stage("denoiser_stage", recipe.denoiser_stage, recipe.run, loader, model.scheduler)
     model = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
     model.to(pick_device(recipe.run.device))
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
-    _train_denoiser(recipe, model, labelled, unlabelled, folder / "denoiser")
+    _train_denoiser(recipe, model, loader, folder / "denoiser")
     store.save(model, folder / "model", torch.float16)
     return folder / "model"
 
@@ -91,6 +99,15 @@ def check_resolution(model: Model, name: str, data: DataConfig) -> None:
         )
 
 
+def check_stage(name: str, stage: StageConfig, run: RunConfig, loader: Loader, scheduler: dict[str, Any]) -> None:
+    """Raises RecipeError, naming the stage, where it could not begin: now, not when those before it have trained."""
+    try:
+        share_out(loader, stage, run, PartialState())
+        NoiseSchedule.of_stage(scheduler, stage)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
 def contents(labelled: Pictures, unlabelled: Pictures | None) -> dict[str, str]:
     """Digests of the data sets, by their place in a recipe."""
     digests = {"data.labelled": labelled.contents(captioned=True)}
@@ -102,6 +119,7 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
     if recipe.init_from:
         model = store.load(recipe.init_from)
         check_resolution(model, recipe.init_from, recipe.data)
+        _check_description(recipe, model)
         return model
     vae = build_autoencoder(recipe.autoencoder)
     captions = [labelled[i].text or "" for i in range(labelled.examples)]
@@ -111,14 +129,25 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
         aside.rename(kept_tokenizer)
     tokenizer = CLIPTokenizer.from_pretrained(kept_tokenizer, local_files_only=True)
     text_encoder = build_text_encoder(recipe.text, tokenizer)
-    downscale = halvings(recipe.autoencoder.block_out_channels)
-    denoiser = build_denoiser(
-        recipe.denoiser,
-        recipe.autoencoder.latent_channels,
-        recipe.text.hidden_size,
-        recipe.data.resolution // downscale,
-    )
+    side = recipe.data.resolution // halvings(recipe.autoencoder.block_out_channels)
+    denoiser = build_denoiser(recipe.denoiser, recipe.autoencoder.latent_channels, recipe.text.hidden_size, side)
     return Model(denoiser, vae, text_encoder, tokenizer, scheduler_config(recipe.noise))
+
+
+def _check_description(recipe: TeacherRecipe, model: Model) -> None:
+    """Raises RecipeError where the recipe describes another model than init_from is: its saved copy would be wrong."""
+    said, found = (
+        plan.model_dump() | {"layers_per_block": plan.layers, "transformer_layers": plan.transformers}
+        for plan in (recipe.denoiser, plan_of(model.denoiser))
+    )
+    noise = recipe.noise.model_dump()
+    pairs = {f"denoiser.{key}": (said[key], found[key]) for key in said}
+    pairs |= {f"noise.{key}": (noise[key], model.scheduler.get(key, noise[key])) for key in noise}
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise RecipeError(
+                f"{key} is {ours}, but {theirs} of '{recipe.init_from}', whose weights are taken: set that"
+            )
 
 
 def _loader(recipe: TeacherRecipe, stage: StageConfig, labelled: Pictures, unlabelled: Pictures | None) -> Loader:
@@ -169,9 +198,7 @@ def _edges(image: Tensor) -> Tensor:
     return torch.cat([image[..., 1:, :-1] - corner, image[..., :-1, 1:] - corner], dim=1)
 
 
-def _train_denoiser(
-    recipe: TeacherRecipe, model: Model, labelled: Pictures, unlabelled: Pictures | None, folder: Path
-) -> None:
+def _train_denoiser(recipe: TeacherRecipe, model: Model, loader: Loader, folder: Path) -> None:
     stage = recipe.denoiser_stage
     model.vae.requires_grad_(False).eval()
     validation = open_shown(recipe.data)
@@ -179,7 +206,7 @@ def _train_denoiser(
         folder,
         TeacherTask(model, stage, recipe.data.cache_gb),
         stage.weights.model_dump(include={"task"}),
-        _loader(recipe, stage, labelled, unlabelled),
+        loader,
         stage,
         recipe.run,
         Preview(model, validation, recipe.masks, recipe.sample),
@@ -202,4 +229,7 @@ class TeacherTask(nn.Module):
         stage = self.stage
         d = draw(batch, self.encoder.latents(batch), self.schedule, stage.caption_dropout, stage.word_dropout)
         prediction = self.denoiser(d.x_t, d.t, self.model.embed(list(d.captions)), d.control)
-        return {"task": task_loss(prediction, d.target, self.schedule.row_weight(d.t, stage.snr_gamma))}
+        weight = self.schedule.row_weight(d.t, stage.snr_gamma)
+        weight = weight if stage.task_on_unlabelled else weight * batch.labelled.to(weight)
+        place = by_place(batch.mask, stage.hole_weight, prediction.shape[-2:])
+        return {"task": task_loss(prediction, d.target, weight, place)}
