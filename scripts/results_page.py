@@ -127,7 +127,7 @@ def overview() -> list[str]:
 def clipped(name: str) -> bool:
     """Whether the first run of the method in a comparison learnt with gradients clipped."""
     run = read(f"{name}/{recipe_of(name).ours}/seed-0/run.json")
-    return run is not None and run["recipe"]["stage1"]["max_grad_norm"] < float("inf")
+    return run is not None and float(run["recipe"]["stage1"]["max_grad_norm"]) < float("inf")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,22 @@ def test_kept_scores_that_are_damaged_are_made_anew(workplace: Path, tmp_path: P
         kept.write_text(damage, encoding="utf-8", errors="surrogateescape")
         assert main([*argv, "--output_dir", str(tmp_path)]) == 0
         assert kept.read_text(encoding="utf-8") == whole
+
+
+def test_another_scheduler_is_another_model(workplace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workplace / "teacher", tmp_path / "model")
+    argv = ["evaluate", str(tmp_path / "model"), "--recipe", str(workplace / "recipe.yaml")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--sample.num_inference_steps", "2"]
+
+    def scores() -> dict[str, Any]:
+        assert main(argv) == 0
+        (kept,) = tmp_path.rglob("evaluation.json")
+        return json.loads(kept.read_text())["domains"]
+
+    before = scores()
+    config = tmp_path / "model/scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"timestep_spacing": "leading"}))
+    assert scores() != before
 
 
 def test_one_picture_is_too_few_to_be_scored_on(

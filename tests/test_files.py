@@ -10,6 +10,7 @@ import pytest
 
 from refine_control import files
 from refine_control.errors import UserError
+from refine_control.files import put_in_place
 
 
 def test_a_failing_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,17 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.Mon
     files.write_whole(path, "ours")
     assert path.read_text(encoding="utf-8") == "ours"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_who_was_killed_while_a_folder_was_replaced_loses_neither(tmp_path: Path) -> None:
+    """Between the two renames what was there is only aside."""
+    (tmp_path / ".final.old").mkdir()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "missing", tmp_path / "final")
+    assert (tmp_path / "final").is_dir(), "back again"
+    (tmp_path / "new").mkdir()
+    put_in_place(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
 def test_what_killed_writers_left_does_not_pile_up(tmp_path: Path) -> None:

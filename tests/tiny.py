@@ -129,12 +129,10 @@ def distil_recipe(root: Path, labelled: int, plain: int, **parts: Any) -> Distil
 def write_comparison(base: Path, rows: dict[str, Any] | None = None, **keys: Any) -> Path:
     """compare.yaml beside a base recipe: scratch and the method, or other rows."""
     scratch = {"set": {"init": "random", "stage1.weights": {"task": 1}, "stage2.weights": {"task": 1}}}
-    plan = {
-        "output_dir": str(base.parent / "compare"),
-        "base": base.name,
-        "seeds": [0],
-        "rows": {"scratch": scratch, "refine-control": {}} if rows is None else rows,
-    }
+    rows = {"scratch": scratch, "refine-control": {}} if rows is None else rows
+    plan = {"output_dir": str(base.parent / "compare"), "base": base.name, "seeds": [0], "rows": rows}
+    if rows and "refine-control" not in rows:
+        plan["ours"] = next(iter(rows))
     path = base.with_name("compare.yaml")
     path.write_text(yaml.safe_dump(plan | keys, sort_keys=False), encoding="utf-8")
     return path

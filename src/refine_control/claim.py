@@ -56,7 +56,7 @@ def claim(
             if ours.get(key) != theirs.get(key):
                 raise RecipeError(
                     f"'{folder}' holds a run of another recipe ({key} {theirs.get(key)}, not {ours.get(key)}); "
-                    "remove it or choose another output_dir"
+                    "remove it or choose another output_dir (of a comparison: work_dir)"
                 )
     save(config, path)
     if contents:

@@ -50,8 +50,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 def put_in_place(new: Path, final: Path) -> None:
     """Renames a folder to `final`. What was there is removed after, and comes back where that fails."""
     before = final.with_name(f".{final.name}.old")
-    shutil.rmtree(before, ignore_errors=True)
-    if final.exists():
+    if final.exists():  # else `before` is all there is: who was killed between the two renames left it
+        shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
     try:
         new.rename(final)
@@ -77,7 +77,8 @@ def hold(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise BusyError(
-            f"another process is at work in '{folder}'; wait for it, stop it, or choose another output_dir"
+            f"another process is at work in '{folder}'; wait for it, stop it, or choose another output_dir "
+            "(of a comparison: work_dir)"
         ) from None
 
 

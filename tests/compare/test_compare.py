@@ -14,8 +14,8 @@ from refine_control import recipe as recipes
 from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare import sharing
-from refine_control.compare.plan import CompareRecipe, base_recipe, load
+from refine_control.compare import sharing, speed
+from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
 from refine_control.files import hold
@@ -257,6 +257,25 @@ def test_a_stage_1_is_taken_over_from_where_it_is(base: Path, whole: Path, tmp_p
     assert planned(base, tmp_path, rows) == scored | {"continued 0": 0.6, "continued 1": 0}
     later = planned(base, tmp_path, {"continued": CONTINUED, "scratch": SCRATCH})
     assert later == {"continued 0": 0.6, "continued 1": 0, "scratch 0": 0, "scratch 1": 0}, "of a row that is left out"
+
+
+def test_times_are_of_the_work_that_was_measured(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, recipe = [], recipes.load(recipes.DistilRecipe, base)
+    monkeypatch.setattr(speed, "step_times", lambda runs, shop: measured.append(runs))
+    monkeypatch.setattr(speed, "forward_times", lambda runs, shop: {})
+    shop = running.Workshop(recipe)
+
+    def times_measured(alone: bool = True, **changes: Any) -> int:
+        run = Run("a", 0, recipe.model_copy(update=changes), None, base, base)
+        speed.measure_once(tmp_path / "speed.json", [run], shop, alone=alone)
+        return len(measured)
+
+    half = {"stage2": recipe.stage2.model_copy(update={"steps": 0})}
+    assert [times_measured(**half), times_measured(**half)] == [1, 1]
+    assert [times_measured(), times_measured()] == [2, 2], "of stage 2 nothing was known"
+    assert times_measured(teacher="another") == 3
+    assert times_measured(data=recipe.data.model_copy(update={"resolution": 64})) == 4
+    assert [times_measured(alone=False), times_measured(alone=False)] == [5, 6], "not kept"
 
 
 def test_a_dry_run_takes_the_times_of_the_table(

@@ -83,6 +83,20 @@ def test_a_comparison_may_name_the_teacher_of_all_its_rows_and_a_row_may_not(bas
     assert "all rows have one teacher; set 'teacher' for the whole comparison" in refused(path)
 
 
+def test_what_rows_are_scored_on_is_the_comparisons(base: Path) -> None:
+    """An 'edges' student scored on an inpainting control would be no student at all."""
+    common = {"data.controls": ["edges"], "data.fit": "pad", "masks.thin": 0, "evaluate.images": 3}
+    plan, _ = load(tiny.write_comparison(base, set=common), {})
+    for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
+        assert (recipe.data.controls, recipe.data.fit, recipe.masks.thin) == (("edges",), "pad", 0)
+    for key in ("data.controls", "data.resolution", "evaluate.split", "evaluate"):
+        told = refused(tiny.write_comparison(base, {"a": {"set": {key: 1}}}, ours="a"))
+        assert f"all rows are scored alike; set '{key}'" in told
+    for key in ("seed", "output_dir"):
+        told = refused(tiny.write_comparison(base, {"a": {"set": {key: 1}}}, ours="a"))
+        assert f"'{key}' is the comparison's" in told
+
+
 def test_the_teacher_is_drawn_as_all_rows_are(base: Path) -> None:
     few = {"sample.num_inference_steps": 1, "evaluate": {"images": 5}, "stages.num_inference_steps": 1}
     plan, _ = load(tiny.write_comparison(base, set=few), {})
@@ -133,6 +147,8 @@ def test_mistakes_name_the_row_and_the_key(base: Path) -> None:
         assert "name" in refused(tiny.write_comparison(base, {name: {}}))
     assert "path" in refused(tiny.write_comparison(base, {"a": {"rival": "../../evil"}}))
     assert "seed" in refused(tiny.write_comparison(base, seeds=[]))
+    assert "seed" in refused(tiny.write_comparison(base, {"refine-control": {"seeds": [0, 0]}}))
+    assert "'ours' = 'mine' is no row" in refused(tiny.write_comparison(base, ours="mine"))
     path = tiny.write_comparison(base)
     tree = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "base"}))

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_the_feed_forward_network_does_not_see_the_hole_and_learns() -> None:
     assert torch.equal(network.paint(other, batch.mask), painted)
     network(batch)["task"].backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_picture_of_the_feed_forward_network_counts_alike_whatever_stands_beside_it() -> None:
+    made, pictures = find("feedforward").network, tiny.batch(4)
+    assert made is not None
+    network = made()
+    parts = [SimpleNamespace(image=pictures.image[i : i + 1], mask=pictures.mask[i : i + 1]) for i in range(4)]
+    alone = torch.stack([network(part)["task"] for part in parts])
+    assert alone.std() > 0
+    assert alone.mean().item() == pytest.approx(network(pictures)["task"].item(), rel=1e-5)
 
 
 def test_every_rival_defines_one_thing() -> None:

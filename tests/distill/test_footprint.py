@@ -74,6 +74,13 @@ def test_what_saves_memory_saves_it(recipe: DistilRecipe) -> None:
     assert varied(recipe, 2).learning == plain.learning
 
 
+def test_the_larger_stage_counts(recipe: DistilRecipe) -> None:
+    larger = recipe.stage2.model_copy(update={"batch_size": 2 * recipe.stage1.batch_size, "steps": 1})
+    changed = recipe.model_copy(update={"stage2": larger})
+    assert varied(changed).rows == 2 * varied(recipe).rows
+    assert varied(changed).activations > varied(recipe).activations
+
+
 def test_nothing_is_left_behind(recipe: DistilRecipe, tmp_path: Path) -> None:
     varied(recipe)
     assert type(torch.zeros(1)) is Tensor

@@ -1,12 +1,14 @@
 """The whole score: known answers through a stub network, the regions, the bins, and reuse of the true features."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from refine_control.evaluate import score as score_module
+from refine_control.evaluate.domains import Domain
 from refine_control.evaluate.features import Extractor, efficientnet_lite0
 from refine_control.evaluate.metrics import psnr, ssim
 from refine_control.evaluate.score import RATIO_BINS, Reference, hole_box, score
@@ -77,6 +79,15 @@ def test_an_empty_bin_says_so(true, mask):
     result = score(true[:2], true[:2], mask[:1].expand(2, -1, -1, -1), stub("lpips"))
     assert len(result["by_ratio"]) == len(RATIO_BINS)
     assert result["by_ratio"]["0.2-0.35"] == {"n": 0}
+
+
+def test_several_extractors_score_as_one(true, mask):
+    other = replace(stub("lpips"), scores={"lpips": "lpips"})
+    pred = torch.where(mask.bool(), 1 - true, true)
+    both = Domain(None, [Reference(true, mask, stub(*ALL)), Reference(true, mask, other)]).score(pred)
+    for names in (both["metrics"], both["per_image"], both["by_ratio"]["0.35-0.5"]):
+        assert {"psnr", "lpips[stub]", "lpips"} <= set(names)
+    assert both["by_ratio"]["0.35-0.5"]["n"] == 2
 
 
 def test_changes_outside_the_box_do_not_reach_the_hole(true, mask):

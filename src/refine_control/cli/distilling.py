@@ -40,7 +40,8 @@ def _demo(args: argparse.Namespace) -> None:
         "recipes/compare-emoji.yaml --dry-run",
         "recipes/compare-emoji.yaml",
         "recipes/compare-emoji.yaml --finished",
-        "recipes/compare-emoji.yaml --rows scratch,refine-control --seeds 0 --output_dir runs/quick",
+        "recipes/compare-emoji.yaml --rows scratch,refine-control --seeds 0 --output_dir runs/quick "
+        "--work_dir runs/quick",
     ],
     [
         RECIPE,

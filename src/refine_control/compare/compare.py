@@ -41,7 +41,7 @@ def compare(
             elsewhere += 1
     if elsewhere:
         tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table is without them")
-    times = measure_once(_speed_file(plan), _trained(todo, shop), shop)
+    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=not elsewhere)
     return summarise(plan, todo, times, shop)
 
 

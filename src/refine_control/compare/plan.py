@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from refine_control.errors import RecipeError
 from refine_control.plans import Config
@@ -15,8 +15,21 @@ from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
 TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
+SCORED = ("evaluate", "data.controls", "data.fit", "data.resolution")  # likewise: what the rows are scored on
+OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
 LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
-DRAWS = ("sample", "evaluate")  # if a comparison sets them, its teacher is drawn and scored so too
+SHARED = (*TEACHES, *SCORED, "sample", "masks")  # if a comparison sets them, its teacher is drawn and scored so too
+
+
+def _is_of(key: str, sections: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these, or below one."""
+    return any(key == section or key.startswith(section + ".") for section in sections)
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError("give one seed or more, each once")
+    return seeds
 
 
 class RowPlan(Config):
@@ -27,6 +40,11 @@ class RowPlan(Config):
     set: dict[str, Any] = Field({}, description="dotted keys of the base recipe; 'stages.' means both")
     seeds: tuple[int, ...] | None = None  # instead of the comparison's
 
+    @field_validator("seeds")
+    @classmethod
+    def _each_seed_once(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return value if value is None else _each_once(value)
+
     @field_validator("rival")
     @classmethod
     def _a_name_is_no_path(cls, value: str | None) -> str | None:
@@ -36,10 +54,14 @@ class RowPlan(Config):
 
     @field_validator("set")
     @classmethod
-    def _learns_from_the_same_teacher(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in TEACHES:
-            if key in value:
+    def _is_taught_and_scored_as_the_others(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if _is_of(key, TEACHES):
                 raise ValueError(f"all rows have one teacher; set '{key}' for the whole comparison, beside its rows")
+            if _is_of(key, SCORED):
+                raise ValueError(f"all rows are scored alike; set '{key}' for the whole comparison, beside its rows")
+            if _is_of(key, OF_A_RUN):
+                raise ValueError(f"'{key}' is the comparison's: see its 'seeds', 'output_dir' and 'work_dir'")
         return value
 
 
@@ -61,9 +83,7 @@ class CompareRecipe(Config):
     @field_validator("seeds")
     @classmethod
     def _at_least_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or len(set(value)) < len(value):
-            raise ValueError("give one seed or more, each once")
-        return value
+        return _each_once(value)
 
     @field_validator("rows")
     @classmethod
@@ -74,6 +94,12 @@ class CompareRecipe(Config):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) or name == TEACHER:
                 raise ValueError(f"'{name}' is no name for a row: letters, digits, '-' and '.'; '{TEACHER}' is taken")
         return value
+
+    @model_validator(mode="after")
+    def _ours_is_a_row(self) -> CompareRecipe:
+        if self.ours not in self.rows:
+            raise ValueError(f"'ours' = '{self.ours}' is no row; there are: {', '.join(self.rows)}")
+        return self
 
     def label(self, row: str) -> str:
         return "Teacher" if row == TEACHER else self.rows[row].label or row
@@ -121,8 +147,9 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
 
 
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
-    """The base with the comparison's own teacher and sampler: of the teacher's row, and of every row's pictures."""
-    shared = {k: v for k, v in plan.set.items() if k.split(".")[0] in TEACHES + DRAWS or k.endswith(LEARNT)}
+    """The base with the comparison's own teacher, sampler, controls and masks: of the teacher's row, and of what every
+    row is scored on."""
+    shared = {k: v for k, v in plan.set.items() if _is_of(k, SHARED) or k.endswith(LEARNT)}
     return _recipe(plan, [shared, overrides])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         result = {
             "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
             "machine": machine(), "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
-            "recipe": recipe.model_dump(mode="json"), **_scored(run, recipe, distiller, rival, method, shop.domains),
+            "recipe": _finite(recipe.model_dump(mode="json")),
+            **_scored(run, recipe, distiller, rival, method, shop.domains),
             "trained_seconds": trained_seconds(run.work),
         }  # fmt: skip
         _keep_losses(run)
@@ -269,6 +271,15 @@ def pictures_of(run: Run, domains: dict[str, Domain]) -> dict[str, Tensor]:
         pictures[name] = torch.stack(line.split(width, 2))
         top += height
     return pictures
+
+
+def _finite(value: Any) -> Any:
+    """A recipe's plain data with infinities as text, which JSON can hold and a recipe takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list) else value
 
 
 def _rounded(value: Any) -> Any:

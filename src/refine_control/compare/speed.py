@@ -34,12 +34,17 @@ ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its fi
 OF = "fastest"  # which of all turns counts for a step: what else this machine does only adds to one
 
 
-def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None) -> dict[str, Any]:
+def measure_once(
+    path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None, alone: bool = True
+) -> dict[str, Any]:
     """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured
     before, in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured,
-    and kept in `path`.
+    and kept in `path` where this process is alone at it: beside others that train, all takes longer.
     """
-    recipes = {run.row: {stage: _kind(run, stage) for stage in run.recipe.stages} for run in runs}
+    recipes = {
+        run.row: {name: _kind(run, name, shop) for name, stage in run.recipe.stages.items() if stage.steps}
+        for run in runs
+    }
     for file in filter(None, (path, other)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -56,7 +61,8 @@ def measure_once(path: Path, runs: Sequence[Run], shop: Workshop, other: Path | 
         "machine": machine(),
         "recipes": recipes,
     }
-    write_whole(path, json.dumps(measured, indent=1))
+    if alone:
+        write_whole(path, json.dumps(measured, indent=1))
     return measured
 
 
@@ -66,7 +72,7 @@ def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float
     Of all turns the fastest. Rows whose steps do the same work are measured once. One learner is in memory at a time.
     """
     steps = {(run.row, name): run for run in runs for name, stage in run.recipe.stages.items() if stage.steps}
-    kinds = {_kind(run, stage): (run, stage) for (_, stage), run in steps.items()}
+    kinds = {_kind(run, stage, shop): (run, stage) for (_, stage), run in steps.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in tqdm(range(ROUNDS), desc=f"timing {len(kinds)} kinds of steps", unit="round"):
         for kind, (run, stage) in kinds.items():
@@ -79,13 +85,13 @@ def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float
                         taken[kind].append(1e3 * (time.perf_counter() - began))
     times: dict[str, dict[str, float]] = {}
     for (row, stage), run in steps.items():
-        times.setdefault(row, {})[stage] = min(taken[_kind(run, stage)])
+        times.setdefault(row, {})[stage] = min(taken[_kind(run, stage, shop)])
     return times
 
 
-def _kind(run: Run, name: str) -> str:
+def _kind(run: Run, name: str, shop: Workshop) -> str:
     """What decides how long a step takes."""
-    recipe, stage = run.recipe, run.recipe.stages[name]
+    recipe, stage, rival = run.recipe, run.recipe.stages[name], shop.rival(run)
     terms = [term for term, weight in stage.weights.model_dump().items() if weight]
     parts = [
         recipe.student,
@@ -93,7 +99,11 @@ def _kind(run: Run, name: str) -> str:
         stage.batch_size,
         stage.optimizer,
         stage.labelled_fraction,
-        run.rival,
+        rival and rival.digest,
+        recipe.teacher,
+        recipe.controlnets,
+        recipe.data.resolution,
+        recipe.data.controls,
         recipe.run.model_dump(),
     ]
     return f"{terms} {parts}"

@@ -29,7 +29,7 @@ from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
 from refine_control.distill.processes import pick_device, set_threads
-from refine_control.distill.stages import Distillation, Method, teacher_features
+from refine_control.distill.stages import VERSION, Distillation, Method, teacher_features
 from refine_control.distill.teacher import check_resolution, check_stage, contents, open_pictures, open_shown
 from refine_control.errors import RecipeError
 from refine_control.files import hold
@@ -184,8 +184,9 @@ class Distiller:
         )
 
     def contents(self, method: Method = OURS) -> dict[str, str]:
-        """What the recipe names, by what it holds, and a rival's code."""
-        return self._contents | ({"method": method.digest} if method.digest else {})
+        """What the recipe names, by what it holds; a rival's code, and the version of ours, if it is not the first."""
+        version = {"version": str(VERSION)} if VERSION > 1 else {}
+        return self._contents | version | ({"method": method.digest} if method.digest else {})
 
     @cached_property
     def _contents(self) -> dict[str, str]:

@@ -54,7 +54,8 @@ class Footprint:
 
 def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footprint:
     """teacher: with weights or without them, see `student.outline`. Raises RecipeError as `build_student` does."""
-    rows = recipe.stage1.batch_size // (processes * recipe.run.gradient_accumulation_steps)
+    largest = max([stage.batch_size for stage in recipe.stages.values() if stage.steps], default=1)
+    rows = largest // (processes * recipe.run.gradient_accumulation_steps)
     parts = [part for part in (teacher.vae, teacher.text_encoder, teacher.text_encoder_2) if part is not None]
     frozen = _parameters(teacher.denoiser) * BYTES[recipe.run.teacher_dtype] + sum(map(_parameters, parts)) * 4
     learning, moments, activations = _one_pass(recipe, teacher, max(1, rows))
@@ -95,7 +96,7 @@ def _duration(seconds: float) -> str:
 
 
 def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int, int]:
-    """Parameters that learn; the bytes that stage 1's optimiser keeps of them, and autograd in a forward of `rows`.
+    """Parameters that learn; the most bytes that a stage's optimiser keeps of them, and autograd of `rows`.
 
     Runs student and bridges on tensors without contents; weights are not counted again, casts of them are.
     """
@@ -125,12 +126,13 @@ def _one_pass(recipe: DistilRecipe, teacher: Model, rows: int) -> tuple[int, int
                 bridged = bridges(taps.features)
                 feature_loss(bridged, {point: torch.empty_like(value) for point, value in bridged.items()})
         activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    moments = sum(moment_bytes(weight, recipe.stage1, recipe.run) for weight in weights)
+    stages = [stage for stage in recipe.stages.values() if stage.steps] or [recipe.stage1]
+    moments = max(sum(moment_bytes(weight, stage, recipe.run) for weight in weights) for stage in stages)
     return sum(weight.numel() for weight in weights), moments, activations
 
 
 def _bridges(recipe: DistilRecipe, student: Denoiser, teacher: Model) -> Bridges | None:
-    if not recipe.stage1.weights.feature:
+    if not any(stage.weights.feature for stage in recipe.stages.values() if stage.steps):
         return None
     ours = feature_shapes(student, probe(teacher))
     theirs = feature_shapes(on_meta(teacher.denoiser), probe(teacher, "meta"))

@@ -27,6 +27,8 @@ from refine_control.files import sync, write_whole
 from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
 
+MODEL_FILES = (".safetensors", ".json", ".txt")
+
 
 @dataclass
 class Domain:
@@ -42,6 +44,7 @@ class Domain:
         for result in results[1:]:
             whole["metrics"] |= result["metrics"]
             whole["per_image"] |= result["per_image"]
+            whole["by_ratio"] = {area: whole["by_ratio"][area] | one for area, one in result["by_ratio"].items()}
         return whole
 
 
@@ -127,8 +130,10 @@ def drawn(folder: Path) -> dict[str, Tensor]:
 
 
 def _fingerprint(*folders: Path) -> str:
-    """Changes when the weights do: the hash of every weight file's bytes."""
+    """Changes when the model does: of every file of weights, config, scheduler or tokenizer, its place and bytes."""
     digest = hashlib.sha256()
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.safetensors"))):
-        digest.update(path.read_bytes())
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
+            digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()

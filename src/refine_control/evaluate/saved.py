@@ -16,7 +16,7 @@ from torch import Tensor
 from refine_control import __version__
 from refine_control.diffusion.store import load
 from refine_control.distill.preview import mask_out, save_grid
-from refine_control.distill.processes import refuse_processes, set_threads
+from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -44,7 +44,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     for name in models:
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
         result = evaluate_model(name, domains, recipe, folder)
-        model = load(name).freeze()
+        model = load(name, pick_device(recipe.run.device)).freeze()
         scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
         cost = {"latency_ms": latency_ms({name: one_forward(model)})[name]["median"], **result["cost"]}
         listened = caption_losses(model, domains["labelled"].heldout)

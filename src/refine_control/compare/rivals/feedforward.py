@@ -44,8 +44,13 @@ class Network(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         gap = (self.paint(batch.image, batch.mask) - batch.image).abs()
         hole = batch.mask.expand_as(gap)
-        inside, outside = (gap * hole).sum() / hole.sum(), (gap * (1 - hole)).sum() / (1 - hole).sum().clamp_min(1)
-        return {"task": inside + 0.1 * outside}
+        inside, outside = _mean_where(gap, hole), _mean_where(gap, 1 - hole)
+        return {"task": torch.mean(inside + 0.1 * outside)}
+
+
+def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """Of each row by itself: (B,)."""
+    return (values * chosen).sum((1, 2, 3)) / chosen.sum((1, 2, 3)).clamp_min(1)
 
 
 class _Residual(nn.Sequential):
