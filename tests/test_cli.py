@@ -115,7 +115,9 @@ def test_evaluate_ranks_models_and_baselines_alike(workplace: Path, tmp_path: Pa
     assert set(scores[str(workplace / "teacher")]["caption_losses"]) == {"right", "empty", "shuffled"}
 
 
-def test_generate_fills_the_hole_and_keeps_the_rest(workplace: Path, tmp_path: Path) -> None:
+def test_generate_fills_the_hole_and_keeps_the_rest(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = np.full((tiny.SIDE, tiny.SIDE, 3), 200, np.uint8)
     mask = np.zeros((tiny.SIDE, tiny.SIDE), np.uint8)
     mask[4:10, 4:10] = 255
@@ -132,6 +134,13 @@ def test_generate_fills_the_hole_and_keeps_the_rest(workplace: Path, tmp_path: P
     argv[2] = str(tmp_path / "of-two-steps")
     assert main(argv) == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "filled.png")), filled)
+    assert "psd' has no ending of a kind of picture" in refused(capsys, *argv[:-1], str(tmp_path / "filled.psd"))
+    alone = tiny.tiny_model()
+    alone.denoiser.module = None
+    store.save(alone, tmp_path / "alone")
+    argv[2] = str(tmp_path / "alone")
+    assert main([*argv, "--num_inference_steps", "1"]) == 0
+    assert "has no ControlNet, so it does not see the picture" in capsys.readouterr().err
 
 
 def test_generate_asks_at_no_timesteps_that_were_not_learnt(

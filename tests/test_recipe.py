@@ -119,6 +119,34 @@ def test_what_does_not_go_with_shards(small: Path) -> None:
         assert "do not work on sharded weights" in refused(small, {"run.shard": "true", f"run.{other}": "true"})
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "taken"),
+    [
+        ("output_dir", "runs/try #2", "runs/try #2"),
+        ("output_dir", "2024-01-01", "2024-01-01"),
+        ("output_dir", "# 1", "# 1"),
+        ("output_dir", "'010'", "010"),
+        ("stage1.steps", "010", 10),
+        ("stage1.steps", "1_000", 1000),
+        ("stage1.learning_rate", "1e-3", 1e-3),
+        ("data.unlabelled", "[a, 'b #2']", ("a", "b #2")),
+        ("data.unlabelled", "null", None),
+        ("stage1.max_grad_norm", ".inf", float("inf")),
+    ],
+)
+def test_a_flag_is_what_was_typed(small: Path, key: str, given: str, taken: object) -> None:
+    """YAML 1.1 would make 8 of 010, and of a path what stands before the '#'."""
+    found: Any = load(DistilRecipe, small, {key: given})
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == taken
+
+
+@pytest.mark.parametrize("odd", ["12:30", "0x10", "100 # more"])
+def test_numbers_of_another_kind_are_refused(small: Path, odd: str) -> None:
+    assert f"'stage1.steps' = '{odd}'" in refused(small, {"stage1.steps": odd})
+
+
 def test_eight_bits_are_adams(small: Path) -> None:
     eight = {"run.use_8bit_adam": "true", "stage2.optimizer": "muon"}
     assert "or stage2.optimizer to adamw, not muon" in refused(small, eight | {"stage2.steps": "1"})

@@ -15,6 +15,8 @@ import refine_control.runtime as runtime
 from refine_control.runtime import ExportError, Scheduler, fit_tokens, noise
 from tiny import least
 
+ODD = least(runtime.MUST_HAVE["scheduler"])
+
 
 def described(scheduler: DDIMScheduler) -> dict:
     names = ("prediction_type", "timestep_spacing", "steps_offset")
@@ -114,11 +116,13 @@ def test_the_runtime_knows_none_of_our_other_files() -> None:
         ({"latent_shape": [4, "8", 8]}, "latent_shape"),
         ({"graphs": {"denoiser": {"file": {}}}}, r"uses '\{\}' but does not list it"),
         ({"graphs": {"denoiser": []}}, r"uses '\[\]' but does not list it"),
+        ({"scheduler": ODD | {"prediction_type": "flow"}}, "scheduler.prediction_type"),
+        ({"scheduler": ODD | {"timestep_spacing": "even"}}, "scheduler.timestep_spacing"),
         ({"text": least(runtime.MUST_HAVE["text"]) | {"tokenizers": [["x"]]}}, "text.tokenizers"),
         ({"text": least(runtime.MUST_HAVE["text"]) | {"pad_ids": [0]}}, "1 pad_ids for 0 tokenizers"),
-        ({"scheduler": least(runtime.MUST_HAVE["scheduler"]) | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
+        ({"scheduler": ODD | {"alphas_cumprod": ["x"]}}, "scheduler.alphas_cumprod"),
         *(
-            ({"scheduler": {k: v for k, v in least(runtime.MUST_HAVE["scheduler"]).items() if k != key}}, key)
+            ({"scheduler": {k: v for k, v in ODD.items() if k != key}}, key)
             for key in ("timestep_spacing", "clip_sample_range")
         ),
     ],
@@ -134,6 +138,13 @@ def test_a_manifest_that_says_odd_things_is_refused(change: dict, named: str, tm
     (folder / runtime.MANIFEST).write_text(json.dumps(whole | change), encoding="utf-8")
     with pytest.raises(ExportError, match=named):
         runtime.Student(folder)
+
+
+def test_a_graph_that_drawing_needs_is_missed_by_its_name(tmp_path: Path) -> None:
+    whole = least(runtime.MUST_HAVE) | {"format": runtime.FORMAT}
+    (tmp_path / runtime.MANIFEST).write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ExportError, match="names no graph 'denoiser'; export the model again"):
+        runtime.Student(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"format": 1}', "null", '{"format": 2}'], ids=lambda t: t[:9])

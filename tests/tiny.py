@@ -154,4 +154,6 @@ def least(kind: Any) -> Any:
     """The least that an export's manifest may say where `runtime.MUST_HAVE` has this kind."""
     if isinstance(kind, dict):
         return {key: least(each) for key, each in kind.items()}
+    if isinstance(kind, tuple):
+        return kind[0]
     return [] if isinstance(kind, list) else None if isinstance(kind, UnionType) else kind()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from refine_control import __version__
 from refine_control.errors import UserError
-from refine_control.plain import read_yaml
+from refine_control.plain import read_flag
 
 OVERRIDES = "Any key of the recipe can be overridden: --stage1.steps 100 --data.labelled my/folder"
 Flag = tuple[tuple[str, ...], dict[str, Any]]
@@ -115,6 +115,6 @@ def whole_number(text: str, flag: str, least: int = 0, most: int = 10**9) -> int
 def plain(text: str) -> object:
     """A number where it reads as one; the config's own check names the rest."""
     try:
-        return read_yaml(text)
+        return read_flag(text)
     except ValueError:
         return text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from datetime import date
 from typing import Any
 
 import yaml
 
 MOST_VALUES = 100_000  # of a document, those that an alias repeats counted each time
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<, which may stand beside another
 
 
@@ -27,6 +30,24 @@ def read_yaml(text: str) -> Any:
             raise ValueError(f"more than {MOST_VALUES} values, aliases counted each time")
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
     return tree
+
+
+def read_flag(text: str) -> Any:
+    """The value of a flag: read as YAML, but text as it is typed, be there a '#' in it, and no numbers of its own kind.
+
+    Of YAML 1.1 010 is 8, 12:30 is 750, and 2024-01-01 is no text: here these stay what they are, text.
+
+    Raises:
+        ValueError: see `read_yaml`.
+    """
+    value, stripped = read_yaml(text), text.strip()
+    if isinstance(value, str) and stripped[:1] not in ("'", '"'):
+        return text
+    if isinstance(value, date) or (value is None and stripped not in ("", "~", "null", "Null", "NULL")):
+        return text
+    if isinstance(value, int) and not isinstance(value, bool) and not WHOLE.fullmatch(stripped):
+        return text
+    return text if isinstance(value, float) and ":" in text else value
 
 
 class _Loader(yaml.SafeLoader):

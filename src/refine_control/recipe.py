@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 
 from refine_control.errors import RecipeError
 from refine_control.files import is_known, write_whole
-from refine_control.plain import read_yaml
+from refine_control.plain import read_flag, read_yaml
 from refine_control.plans import AutoencoderPlan, Config, DenoiserPlan, StudentPlan, TextPlan
 
 FORMAT = 1  # of a recipe, those before it are read too; one that does not say, as those written by hand, is of 1
@@ -222,7 +222,7 @@ R = TypeVar("R", bound=Config)
 
 
 def load(kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None = None) -> R:
-    """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}; text is read as YAML.
+    """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}; text is read by `read_flag`.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind; names the key and the value.
@@ -277,7 +277,7 @@ def save(config: Config, path: Path) -> None:
 
 def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
     try:
-        value = read_yaml(value) if isinstance(value, str) else deepcopy(value)
+        value = read_flag(value) if isinstance(value, str) else deepcopy(value)
     except ValueError:
         raise RecipeError(f"--{dotted}: cannot read '{value}'; put text with ':' or brackets in quotes") from None
     *parents, leaf = dotted.split(".")

@@ -18,7 +18,7 @@ import numpy as np
 
 FORMAT = 1
 MANIFEST = "refine-control.json"
-MUST_HAVE: dict[str, Any] = {  # a type, such a dict, or in a list what each value of a list is
+MUST_HAVE: dict[str, Any] = {  # a type, such a dict, in a list what each value of a list is, in a tuple all there are
     "name": str,
     "backend": str,
     "precision": str,
@@ -31,14 +31,15 @@ MUST_HAVE: dict[str, Any] = {  # a type, such a dict, or in a list what each val
     "scheduler": {
         "alphas_cumprod": [float],
         "final_alpha_cumprod": float,
-        "prediction_type": str,
-        "timestep_spacing": str,
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "timestep_spacing": ("leading", "linspace", "trailing"),
         "steps_offset": int,
         "clip_sample_range": float | int | None,
     },
     "defaults": {"num_inference_steps": int, "guidance_scale": float},
     "text": {"tokenizers": [str], "pad_ids": [int], "max_length": int, "empty_is_zeros": bool},
 }
+NEEDED = {"text_encoder", "denoiser", "vae_decoder"}  # of the graphs
 Arrays = dict[str, np.ndarray]
 
 
@@ -123,6 +124,8 @@ class Student:
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        if missing := NEEDED - self.manifest["graphs"].keys():
+            raise ExportError(f"'{folder}': {MANIFEST} names no graph '{min(missing)}'; export the model again")
         self.side = self.manifest["resolution"]
         self.scheduler = Scheduler(self.manifest["scheduler"])
         self._tokenizers = [_open(self.folder / name, 1) for name in self.manifest["text"]["tokenizers"]]
@@ -230,6 +233,8 @@ def _missing(given: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         value = given.get(key)
         if isinstance(kind, list):
             fits = isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+        elif isinstance(kind, tuple):
+            fits = value in kind
         else:
             fits = isinstance(value, dict if isinstance(kind, dict) else kind)
         if key not in given or not fits:

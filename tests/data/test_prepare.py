@@ -37,6 +37,16 @@ def test_long_names_are_kept_apart(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "again").keys() == keys
 
 
+def test_names_that_a_shard_would_make_one_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.b.png", "a_b.png", "c.png"):
+        (tmp_path / "in" / name).write_bytes(PNG)
+    prepare(tmp_path / "in", tmp_path / "out", "train", 8, "crop")
+    keys = open_dataset(tmp_path / "out").keys()
+    assert len(set(keys)) == 3
+    assert {"a_b_png", "c_png"} < set(keys)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text("aé图\n\x1b\u202e\ud800\udfff", max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("a\ud800", max_size=2), inner, max_size=3),

@@ -72,6 +72,15 @@ def test_shards_of_the_split_come_first(tmp_path: Path) -> None:
     assert dataset.keys() == ["test0", "test1"]
 
 
+@pytest.mark.parametrize("beside", ["metadata.jsonl", "test"])
+def test_shards_beside_pictures_in_folders_are_no_guess(tmp_path: Path, beside: str) -> None:
+    """A backup that somebody left would be trained on, and the pictures not."""
+    put(tmp_path / "test" / "a.png") if beside == "test" else (tmp_path / beside).write_text("{}")
+    write_shards([Example("a", IMAGE)], tmp_path, "backup")
+    with pytest.raises(DataError, match=rf"holds shards \(backup-000000\.tar\) and {beside}; move one of them"):
+        open_dataset(tmp_path, "test")
+
+
 def test_absent_split_lists_the_others(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_shards([Example("a", IMAGE)], tmp_path, split)

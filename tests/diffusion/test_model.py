@@ -87,6 +87,21 @@ def test_saving_does_not_touch_the_model(tmp_path: Path) -> None:
         assert torch.equal(old, new)
 
 
+def test_what_else_lies_in_a_models_folder_stays(model: Model, tmp_path: Path) -> None:
+    """A card, a repository; of an earlier model nothing."""
+    save(model, tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("my card")
+    (tmp_path / "model/.git/objects").mkdir(parents=True)
+    (tmp_path / "model/.git/HEAD").write_text("ref: refs/heads/main")
+    (tmp_path / "model/controlnet_7").mkdir()
+    save(model, tmp_path / "model")
+    assert (tmp_path / "model/README.md").read_text() == "my card"
+    assert (tmp_path / "model/.git/HEAD").read_text() == "ref: refs/heads/main"
+    assert (tmp_path / "model/.git/objects").is_dir()
+    assert not (tmp_path / "model/controlnet_7").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_failing_save_leaves_the_older_model(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     save(model, folder)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from refine_control.diffusion import store
 from refine_control.diffusion.sample import fill
-from refine_control.errors import ModelError, UserError
+from refine_control.errors import DataError, ModelError, UserError
 from refine_control.export import onnx, parity
-from refine_control.export.export import _describe, export_model, summary
+from refine_control.export.export import _describe, export_model, summary, title_of
 from refine_control.recipe import SampleConfig
 from refine_control.runtime import MANIFEST, ExportError, Student
 from tiny import SIDE, plan, tiny_denoiser, tiny_model
@@ -346,6 +346,44 @@ def test_other_files_are_never_overwritten(tiny_folder: Path, tmp_path: Path) ->
         with pytest.raises(UserError, match="other files"):
             export_model(str(tiny_folder), to, "fp32", tmp_path)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    (tmp_path / "precious.txt").rename(tmp_path / ".git")
+    with pytest.raises(UserError, match=r"other files than an export --to onnx, '\.git'"):
+        export_model(str(tiny_folder), "onnx", "fp32", tmp_path)
+    (tmp_path / "models.json").write_text("[]")
+    with pytest.raises(UserError, match=r"other files than an export --to web, 'models\.json'"):
+        export_model(str(tiny_folder), "web", "fp32", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another format"])
+def test_a_damaged_export_is_replaced(exported: Exported, tiny_folder: Path, tmp_path: Path, damage: str) -> None:
+    out = Path(shutil.copytree(exported("onnx", "fp16"), tmp_path / "out"))
+    if damage == "cut off":
+        (out / "vae_decoder.onnx").write_bytes(b"short")
+    else:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        (out / MANIFEST).write_text(json.dumps(manifest | {"format": 99}), encoding="utf-8")
+    export_model(str(tiny_folder), "onnx", "fp32", out)
+    assert Student(out).manifest["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("zoo:emoji-student", "emoji-student"),
+        ("org/some-model@abc123", "some-model"),
+        ("runs/mine/student/", "mine"),
+        ("runs/demo/refine-control/seed-0/student", "refine-control"),
+        ("student", "student"),
+    ],
+)
+def test_a_model_is_called_as_its_user_called_it(name: str, title: str) -> None:
+    assert title_of(name) == title
+
+
+def test_a_mistake_in_the_examples_costs_none_that_are_there(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        export_model(str(tiny_folder), "web", "fp16", tmp_path / "site", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "site").exists()
 
 
 @pytest.mark.parametrize("title", ["../out", "a b", "", ".hidden", "x/y"])

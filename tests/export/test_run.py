@@ -112,13 +112,13 @@ def test_a_place_that_cannot_be_written_is_refused_first(
 
 
 def test_what_is_not_said_is_as_the_model_asks(
-    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
 
     class Student:
         side = SIDE
-        manifest: ClassVar = {"defaults": {"num_inference_steps": 3, "guidance_scale": 1.5}}
+        manifest: ClassVar = {"defaults": {"num_inference_steps": 3, "guidance_scale": 1.5}, "graphs": {}}
 
         def __init__(self, folder: Path) -> None: ...
 
@@ -131,6 +131,7 @@ def test_what_is_not_said_is_as_the_model_asks(
     argv = ["--image", picture, "--mask", picture, "--out", out]
     assert run.main(argv) == run.main([*argv, "--num_inference_steps", "7", "--guidance_scale", "1"]) == 0
     assert asked == [(3, 1.5, 0), (7, 1, 0)]
+    assert "has no ControlNet" in capsys.readouterr().err
 
 
 def test_where_filled_pictures_go_by_themselves_can_be_written(run: ModuleType, tmp_path: Path) -> None:

@@ -49,3 +49,15 @@ def test_examples_stay_unless_others_are_named(tmp_path: Path) -> None:
     assert listed.read_text(encoding="utf-8") == mine
     write_site(site, str(tmp_path / "usual"), "nowhere")
     assert listed.read_text(encoding="utf-8") != mine
+
+
+def test_a_picture_that_cannot_be_read_is_no_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_model(tmp_path / "site", "small", 10)
+    pictures = write_folder(tmp_path / "mine", 3)
+    write_site(tmp_path / "site", str(pictures), "nowhere")
+    listed = tmp_path / "site/examples/examples.json"
+    assert len({each["prompt"] for each in json.loads(listed.read_text(encoding="utf-8"))}) == 3, "each once"
+    (pictures / "1.png").write_bytes(b"no picture")
+    write_site(tmp_path / "site", str(pictures), "nowhere")
+    assert len(json.loads(listed.read_text(encoding="utf-8"))) == 2
+    assert "without an example" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,35 @@ def test_models_are_compared_on_the_same_hole(site: Path, look: Looking) -> None
     for filled, model in ((first, MODEL), (second, "twin")):
         agrees(site, seen, filled, example(0), seen.hole(example(0)), model)
     assert (first != second).any()
+
+
+def test_each_model_is_asked_as_it_is_used_but_for_what_was_typed(copy_of_site: Path, look: Looking) -> None:
+    path = copy_of_site / "models" / "twin" / "refine-control.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    manifest["defaults"] = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    seen = look(copy_of_site)
+    seen.wait("ready")
+
+    def fields() -> list[str]:
+        return [seen.page.input_value(f"#{name}") for name in ("steps", "guidance")]
+
+    assert fields() == ["2", "2"]
+    seen.page.check("#compare")
+    seen.fill()
+    hole = seen.hole(example(0))
+    twin = runtime.Student(copy_of_site / "models" / "twin", threads=1)
+    expected = twin.fill(
+        example(0), hole, seen.page.input_value("#prompt"), 3, 1.0, int(seen.page.input_value("#seed"))
+    )
+    drawn = seen.pixels("figure:nth-child(2) canvas")
+    assert np.abs(drawn.astype(int) - expected).max() <= 2
+    seen.page.check("input[value=twin]")
+    seen.until(lambda: fields() == ["3", "1"])
+    seen.page.fill("#steps", "4")
+    seen.page.check(f"input[value={MODEL}]")
+    seen.until(lambda: fields() == ["4", "2"])
 
 
 def test_the_embedded_student_is_small(site: Path) -> None:

@@ -273,6 +273,11 @@ def test_where_it_cannot_listen_is_named(folder: Path, host: str, port: int) -> 
         make_server(folder, host, port)
 
 
+def test_an_empty_host_is_not_every_address(folder: Path) -> None:
+    with pytest.raises(UserError, match="would listen on every address"):
+        make_server(folder, "", 0)
+
+
 def test_control_c_ends_it_quietly(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from refine_control.command import command, flag, whole_number
@@ -99,7 +100,7 @@ def _distill(args: argparse.Namespace) -> None:
 
     for name in ("labelled", "unlabelled"):
         if getattr(args, name):
-            args.overrides[f"data.{name}"] = getattr(args, name)
+            args.overrides[f"data.{name}"] = json.dumps(getattr(args, name))  # a folder's name, whatever it looks like
     folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
     print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
 

@@ -27,6 +27,7 @@ def prepare(
     require_side(resolution)
     dataset = open_usable(source, split, skip_corrupt)
     out.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
 
     def brought() -> Iterator[Example]:
         for index in tqdm(range(len(dataset)), desc="preparing", unit="image"):
@@ -37,9 +38,11 @@ def prepare(
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
+            key = _key(e.key) if _key(e.key) not in taken else _key(e.key, with_digest=True)
+            taken.add(key)
             yield replace(
                 e,
-                key=_key(e.key),
+                key=key,
                 image=fit_square(e.image, resolution, fit),
                 mask=None if e.mask is None else fit_square_mask(e.mask, resolution, fit),
                 control=None if e.control is None else fit_square(e.control, resolution, fit),
@@ -48,10 +51,11 @@ def prepare(
     return write_shards(brought(), out, split)
 
 
-def _key(name: str) -> str:
-    """One that a shard can hold: without dots, and of a long one the beginning, told apart by a digest of the whole."""
+def _key(name: str, with_digest: bool = False) -> str:
+    """One that a shard can hold: without dots, and of a long one the beginning. with_digest: of the whole name, at its
+    end, as a long one always has: two names are told apart by it."""
     key = name.replace(".", "_").encode()
-    if len(key) <= LONGEST_KEY:
+    if len(key) <= LONGEST_KEY and not with_digest:
         return key.decode()
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return key[: LONGEST_KEY - 17].decode(errors="ignore") + "-" + digest

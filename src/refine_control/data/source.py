@@ -55,6 +55,9 @@ def open_dataset(
     if split not in (names := splits_of(folder)) and SAME.get(split) in names:
         split = SAME[split]
     if tars := _tars(folder):
+        beside = [name for name in (METADATA, *SPLITS) if os.path.lexists(folder / name)]
+        if beside:
+            raise DataError(f"{folder}: holds shards ({tars[0].name}) and {beside[0]}; move one of them elsewhere")
         shards = [tar for tar in tars if tar.stem.startswith(f"{split}-") or (_name(tar) or "train") == split]
         if not shards and len(words := {_name(tar) for tar in tars}) == 1 and words.isdisjoint(SPLITS):
             shards = tars  # nothing is split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,16 @@ def generate(
     """
     if not is_unicode(prompt):  # so Python spells bytes of a command line that are no UTF-8
         raise DataError(f"--prompt {prompt!r} is not UTF-8; write it in a terminal and a locale that are")
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise DataError(f"'{out}' has no ending of a kind of picture; give --out one, as in filled.png")
     picture, hole = read_image(image), read_mask(mask)
     if picture.shape[:2] != hole.shape:
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     loaded = load(model, device, controlnets).freeze()
+    if not loaded.denoiser.nets:
+        note = "has no ControlNet, so it does not see the picture around the hole; give one with --controlnet"
+        print(f"refine-control: '{model}' {note}", file=sys.stderr)
     side = loaded.resolution
     hole = fit_square_mask(hole, side)
     if not hole.any():

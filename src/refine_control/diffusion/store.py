@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ FOLDERS = "|".join([*PARTS, *XL_PARTS, "scheduler"])
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes a folder that the stock pipeline's from_pretrained loads (safetensors): StableDiffusion(XL)(ControlNet).
 
-    Written aside, then renamed: a half-written model is never seen.
+    Written aside, then renamed: a half-written model is never seen. What else the folder of an earlier one holds, such
+    as a card or a repository's .git, stays.
 
     Raises:
         ModelError: `folder` holds something else than a model, or the disk is full.
@@ -71,11 +73,22 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         (aside / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         for path in aside.rglob("*"):
             sync(path)
+        _keep_others(folder, aside)
         put_in_place(aside, folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise ModelError(f"cannot write '{folder}': {error}; make room, then run the same command") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _keep_others(folder: Path, aside: Path) -> None:
+    """Copies what is no part of a model from where one is about to be replaced."""
+    ours = re.compile(rf"{FOLDERS}|controlnet(_\d+)?|model_index\.json|safety_checker|feature_extractor|image_encoder")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, aside / path.name, symlinks=True)
+        elif not ours.fullmatch(path.name):
+            shutil.copy2(path, aside / path.name, follow_symlinks=False)
 
 
 def resolve(name: str, own_controlnets: bool = True) -> Path:

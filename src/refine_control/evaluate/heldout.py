@@ -38,7 +38,8 @@ class HeldOut:
         examples = [pictures[row] for row in rows]
         for example in examples:
             if example.mask is not None and not example.mask.any():
-                raise DataError(f"{example.key}: its mask is black all over; paint white what is to be filled")
+                side = example.mask.shape[0]
+                raise DataError(f"{example.key}: its mask has no white at {side}x{side}; paint a larger hole")
         seed = derive_seed("held-out", config.seed)
         return cls(
             name,

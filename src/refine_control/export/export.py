@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from refine_control import runtime
+from refine_control.data.source import open_usable
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.store import USUAL, load
@@ -76,14 +77,15 @@ def export_model(
         ModelError: a part of the model cannot be exported; it is named. DataError: int8, and `data` cannot be read.
         UserError: `out` holds other files, or the title has other characters than letters, digits, '.', '_', '-'.
     """
-    if title is None:
-        title = name.rstrip("/").replace(":", "/").rsplit("/", 1)[-1].partition("@")[0]
+    title = title_of(name) if title is None else title
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", title):
         raise UserError(f"'{title}' is no name for an exported model; give --name, of letters, digits, '.', '_', '-'")
     out = out.resolve()
     final = out / "models" / title if to == "web" else out
     _refuse_other_files(out, to)
     _refuse_other_files(final, "onnx")
+    if to == "web" and data is not None:
+        open_usable(data, "test", skip_corrupt=True)  # now: a mistake should not cost the examples that are there
     model = load(name, controlnets=controlnets).freeze()
     if calibration_images is None:
         calibration_images = max(CALIBRATION_IMAGES, math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps))
@@ -106,6 +108,14 @@ def export_model(
     if to == "web":
         web.write_site(out, data, DATA)
     return manifest
+
+
+def title_of(name: str) -> str:
+    """A name for the model: the last part of its own that is not of our own giving, as are the last three of
+    runs/mine/refine-control/seed-0/student."""
+    parts = [part for part in re.split("[/:]", name.partition("@")[0]) if part]
+    told = [part for part in parts if not re.fullmatch(r"student|model|seed-\d+", part)]
+    return (told or parts or [""])[-1]
 
 
 def _write_fp32(graphs: dict[str, Graph], model: Model, folder: Path, manifest: dict[str, Any]) -> None:
@@ -241,17 +251,20 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def _refuse_other_files(out: Path, to: Target) -> None:
-    """Nothing but an export is ever replaced."""
+    """Nothing but an export is ever replaced, one that is damaged too. A site may lie in a repository of its own."""
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give --out a folder")
     if not out.is_dir():
         return
-    found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    found = {path.name for path in out.iterdir()} - {".DS_Store"}
     if to == "web":
-        strangers = set() if "models.json" in found else found - {"models"}
+        is_ours = (out / web.MARK).is_file()
+        strangers = set() if is_ours else {name for name in found if name[0] != "."} - {"models"}
     else:
-        manifest = out / runtime.MANIFEST
-        known = runtime.read_manifest(out)["files"] if manifest.is_file() else {}
+        try:
+            known = dict(json.loads((out / runtime.MANIFEST).read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            known = {}
         strangers = found - {runtime.MANIFEST, "__pycache__", *known, *(script.name for script in RUNNER)}
     if strangers:
         raise UserError(

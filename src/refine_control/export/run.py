@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         usual = student.manifest["defaults"]
         given = {key: getattr(args, key) for key in ("num_inference_steps", "guidance_scale")}
         steps, guidance = (usual[key] if value is None else value for key, value in given.items())
+        if "condition" not in student.manifest["graphs"]:
+            print("run.py: the model has no ControlNet: it does not see the picture around the hole", file=sys.stderr)
         filled = student.fill(picture, hole, prompt, steps, guidance, args.seed)
         Image.fromarray(filled).save(args.out)
     except (ExportError, OSError, ValueError) as error:
@@ -54,7 +56,7 @@ def check_writable(out: Path) -> None:
     Raises:
         ExportError: no picture can be written there.
     """
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ExportError(f"'{out}' has no ending of a kind of picture; give --out one, as in filled.png")
     if not out.parent.is_dir():
         raise ExportError(f"'{out.parent}' is no folder to write to; make it first, or give another --out")

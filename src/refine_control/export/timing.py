@@ -103,7 +103,7 @@ def _exported(folder: str, guidance: float, threads: int) -> Timed:
         return run(graph, **inputs)
 
     student.run = keep_inputs  # type: ignore[method-assign]
-    student.fill(picture, hole, PROMPT, 1, guidance, 0)
+    student.fill(picture, hole, PROMPT, student.manifest.get("only_steps") or 1, guidance, 0)
     student.run = run  # type: ignore[method-assign]
     return Timed(
         lambda: run("denoiser", **seen["denoiser"]),

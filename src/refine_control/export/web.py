@@ -17,6 +17,7 @@ from refine_control.errors import DataError
 
 PAGE = Path(__file__).parent.parent / "serve" / "page"
 LIBRARIES = Path(__file__).parent / "libraries"  # of the page, as their makers publish them; see the VERSIONS there
+MARK = Path("lib") / "VERSIONS.txt"  # of a folder that is such a page
 
 
 def write_site(out: Path, data: str | None, default: str) -> None:
@@ -45,7 +46,8 @@ def write_site(out: Path, data: str | None, default: str) -> None:
 
 
 def _write_examples(out: Path, data: str, side: int, count: int = 8) -> None:
-    """Some pictures of the split test, evenly spread, with their captions; a folder that is not there gives none."""
+    """Some pictures of the split test, evenly spread, with their captions; a folder that is not there gives none, and a
+    picture that cannot be read is left out."""
     examples: list[dict[str, str]] = []
     (out / "examples").mkdir(exist_ok=True)
     try:
@@ -53,8 +55,13 @@ def _write_examples(out: Path, data: str, side: int, count: int = 8) -> None:
     except DataError as error:
         print(f"the page has no examples: {error}")
     else:
-        for number in range(min(count, len(dataset))):
-            example = dataset[number * len(dataset) // count]
+        count = min(count, len(dataset))
+        for number in range(count):
+            try:
+                example = dataset[number * len(dataset) // count]
+            except DataError as error:
+                print(f"the page is without an example: {error}")
+                continue
             name = f"examples/{number}.png"
             Image.fromarray(fit_square(example.image, side)).save(out / name)
             examples.append({"image": name, "prompt": example.text or ""})

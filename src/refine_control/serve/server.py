@@ -81,6 +81,8 @@ def make_server(folder: Path, host: str = "127.0.0.1", port: int = 8000) -> Page
     for name in ("index.html", "models.json"):
         if not (folder / name).is_file():
             raise DataError(f"'{folder}' has no {name}; give the folder that `refine-control export --to web` wrote")
+    if not host:
+        raise UserError("--host '' would listen on every address; leave it out for this machine alone, or say 0.0.0.0")
     try:
         return PageServer(folder.resolve(), host, port)
     except (OSError, OverflowError) as error:

@@ -19,6 +19,7 @@ const painter = new Painter($("hole"), tellHole);
 let source = null; // { blob, name } of the picture: read again for a model of another resolution
 let reading = 0; // counts the pictures asked for; of two at once the later one wins
 let stopped = false;
+const typed = new Set(); // of "steps" and "guidance": what was typed goes for every model
 
 /** Does it, and shows what goes wrong: the page is never left blank or waiting. */
 async function safely(action) {
@@ -46,10 +47,7 @@ async function start() {
   if (!models.length) throw faults[0] ?? new Fault("This site has no models. Export one into it.");
   listModels(models, (model) => safely(() => choose(model)));
   $("compare-label").hidden = models.length < 2;
-  const { num_inference_steps: steps, guidance_scale: guidance } = models[0].manifest.defaults;
-  [$("steps").value, $("guidance").value] = [steps, guidance];
-  const { resolution, scheduler } = models[0].manifest;
-  $("steps").max = Math.min(100, scheduler.alphas_cumprod.length);
+  const { resolution } = models[0].manifest;
   const read = async (example) => {
     const blob = await getBlob(example.image);
     return { ...example, blob, pixels: await readPicture(blob, resolution, example.image) };
@@ -98,9 +96,21 @@ function tellHole() {
   $("status").textContent = percent ? `The hole covers ${percent} % of the picture.` : "Paint over what is to be filled.";
 }
 
+/** What a model is asked for: as it is used, but for what was typed. */
+function settingsOf({ manifest: { defaults, only_steps: only } }) {
+  const asked = (id, usual) => (typed.has(id) ? Number($(id).value) : usual);
+  return {
+    steps: only ?? asked("steps", defaults.num_inference_steps), // all that it has learnt
+    guidance: asked("guidance", defaults.guidance_scale),
+  };
+}
+
 /** Makes a model ready, its picture at its resolution. */
 async function choose(model) {
   chosen = model;
+  $("steps").max = Math.min(100, model.manifest.scheduler.alphas_cumprod.length);
+  const { steps, guidance } = settingsOf(model);
+  [$("steps").value, $("guidance").value] = [steps, guidance];
   say("");
   if (source && painter.side !== model.manifest.resolution) await takePicture(source.blob, source.name, null);
   await open(model);
@@ -132,8 +142,6 @@ async function fill() {
     picture: painter.pixels.slice(),
     hole: painter.hole.slice(),
     prompt: $("prompt").value.trim(),
-    steps: Number($("steps").value),
-    guidance: Number($("guidance").value),
     seed: Number($("seed").value),
   };
   const left = models.filter((model) => $("compare").checked && !asked.includes(model)).map(({ name }) => name);
@@ -151,7 +159,7 @@ async function fill() {
 }
 
 async function fillWith(model, shared, frame) {
-  const request = { ...shared, steps: model.manifest.only_steps ?? shared.steps }; // all that it has learnt
+  const request = { ...shared, ...settingsOf(model) };
   let spent = 0;
   setState("busy", `${model.name} draws…`);
   setProgress(0);
@@ -193,6 +201,7 @@ function listen() {
     for (const model of models) model.close();
     safely(() => choose(chosen));
   });
+  for (const id of ["steps", "guidance"]) $(id).addEventListener("input", () => typed.add(id));
   $("undo").addEventListener("click", () => painter.undo());
   $("clear").addEventListener("click", () => painter.clear());
   $("brush").addEventListener("input", () => (painter.brush = Number($("brush").value)));
