@@ -46,16 +46,21 @@ def test_every_row_of_a_shipped_comparison_is_a_valid_recipe(path: Path) -> None
 
 @pytest.mark.parametrize("path", FAIR, ids=lambda path: path.name)
 def test_rows_of_a_shipped_comparison_learn_alike(path: Path) -> None:
-    """Same student, batches, rates and sampler; as many steps unless the row is of stage 1 alone or about time."""
+    """Same student, batches, rates and sampler; as many steps unless the row is of stage 1 alone or about time.
+
+    A network of a rival's own learns at its own rate, for its own time.
+    """
     plan, _ = load(path, {})
     ours = next(run.recipe for run in runs(plan, {}) if run.row == plan.ours)
     for run in runs(plan, {}):
         assert run.recipe.student == ours.student
         assert run.recipe.sample == ours.sample
         assert run.recipe.evaluate == ours.evaluate
+        if run.rival == "feedforward":
+            continue
         steps = run.recipe.stage1.steps + run.recipe.stage2.steps
         all_steps = ours.stage1.steps + (0 if run.row == "stage1" else ours.stage2.steps)
-        assert steps == all_steps or "time" in run.row or run.rival == "feedforward"
+        assert steps == all_steps or "time" in run.row
         for name in LEARN_ALIKE:
             for stage in ("stage1", "stage2"):
                 assert getattr(getattr(run.recipe, stage), name) == getattr(getattr(ours, stage), name), run.row
