@@ -20,8 +20,10 @@ from PIL import Image
 import tiny
 from published import write_configs
 from refine_control.cli import main
+from refine_control.cli.distilling import _as_it_is
 from refine_control.command import parser
 from refine_control.diffusion import store
+from refine_control.plain import read_flag
 from refine_control.recipe import SampleConfig
 
 TINY_STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "weights": {"task": 1, "output": 1, "feature": 0.5}}
@@ -170,6 +172,12 @@ def test_shards_of_an_impossible_size_are_refused_before_anything_is_written(
     argv = ("data", "prepare", str(workplace / "captioned"), "--out", str(tmp_path / "out"), "--resolution", str(side))
     assert f"resolution {side} is not between 1 and 8000" in refused(capsys, *argv)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["my data #2", "2024-01-01", "010", "it's \U0001f600", "null", "a: b", "yes"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    assert read_flag(_as_it_is(name)) == name
+    assert read_flag(_as_it_is("[a, 'b #2']")) == ["a", "b #2"]
 
 
 def test_corrupt_pictures_are_listed_and_skipped_only_on_request(

@@ -142,7 +142,7 @@ def test_a_flag_is_what_was_typed(small: Path, key: str, given: str, taken: obje
     assert found == taken
 
 
-@pytest.mark.parametrize("odd", ["12:30", "0x10", "100 # more"])
+@pytest.mark.parametrize("odd", ["12:30", "0x10", "100 # more", "1.5 # more", "true # more"])
 def test_numbers_of_another_kind_are_refused(small: Path, odd: str) -> None:
     assert f"'stage1.steps' = '{odd}'" in refused(small, {"stage1.steps": odd})
 

@@ -35,7 +35,7 @@ def read_yaml(text: str) -> Any:
 def read_flag(text: str) -> Any:
     """The value of a flag: read as YAML, but text as it is typed, be there a '#' in it, and no numbers of its own kind.
 
-    Of YAML 1.1 010 is 8, 12:30 is 750, and 2024-01-01 is no text: here these stay what they are, text.
+    In YAML 1.1 010 is 8, 12:30 is 750, and 2024-01-01 is no text: here these stay text, unless they stand in a list.
 
     Raises:
         ValueError: see `read_yaml`.
@@ -47,7 +47,7 @@ def read_flag(text: str) -> Any:
         return text
     if isinstance(value, int) and not isinstance(value, bool) and not WHOLE.fullmatch(stripped):
         return text
-    return text if isinstance(value, float) and ":" in text else value
+    return text if isinstance(value, float | bool) and (":" in text or "#" in text) else value
 
 
 class _Loader(yaml.SafeLoader):

@@ -94,7 +94,7 @@ def test_what_rows_are_scored_on_is_the_comparisons(base: Path) -> None:
     plan, _ = load(tiny.write_comparison(base, set=common), {})
     for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
         assert (recipe.data.controls, recipe.data.fit, recipe.masks.thin) == (("edges",), "pad", 0)
-    for key in ("data.controls", "data.resolution", "evaluate.split", "evaluate"):
+    for key in ("data.controls", "data.resolution", "data", "evaluate.split", "evaluate"):
         told = refused(tiny.write_comparison(base, {"a": {"set": {key: 1}}}, ours="a"))
         assert f"all rows are scored alike; set '{key}'" in told
     for key in ("seed", "output_dir"):

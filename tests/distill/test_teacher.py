@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 
 from refine_control.diffusion import store
@@ -13,12 +15,13 @@ from refine_control.distill.teacher import (
     Reconstruction,
     TeacherTask,
     _fresh_or_loaded,
+    _known_commit,
     open_pictures,
     open_shown,
     train_teacher,
 )
 from refine_control.errors import DataError, RecipeError
-from refine_control.recipe import NoiseConfig, SampleConfig, TeacherRecipe
+from refine_control.recipe import NoiseConfig, SampleConfig, TeacherRecipe, save
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
 
 
@@ -133,6 +136,34 @@ def test_a_mistake_in_the_denoisers_stage_does_not_cost_the_autoencoder(recipe: 
     with pytest.raises(DataError, match=r"plain images are needed: set data\.unlabelled"):
         train_teacher(recipe.model_copy(update={"output_dir": str(tmp_path), "denoiser_stage": short}))
     assert not (tmp_path / "autoencoder").exists()
+
+
+def test_a_batch_that_does_not_divide_is_told_by_its_stage(recipe: TeacherRecipe, tmp_path: Path) -> None:
+    odd = {"denoiser_stage": recipe.denoiser_stage.model_copy(update={"batch_size": 3})}
+    run = RUN.model_copy(update={"gradient_accumulation_steps": 2})
+    with pytest.raises(RecipeError, match="denoiser_stage: batch_size 3 does not divide"):
+        train_teacher(recipe.model_copy(update={"output_dir": str(tmp_path), "run": run, **odd}))
+    assert not (tmp_path / "autoencoder").exists()
+
+
+def test_it_is_trained_on_the_cpu_where_accelerate_would_choose_another(
+    recipe: TeacherRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac: what accelerate is told first, it keeps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: torch.device("meta")))
+    try:
+        run = RUN.model_copy(update={"device": "cpu"})
+        train_teacher(recipe.model_copy(update={"output_dir": str(tmp_path), "run": run}))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_commit_that_a_run_began_with_is_kept(recipe: TeacherRecipe, tmp_path: Path) -> None:
+    assert _known_commit("org/model", tmp_path) == "org/model"
+    save(recipe.model_copy(update={"init_from": "org/model@abc"}), tmp_path / "recipe.yaml")
+    assert _known_commit("org/model", tmp_path) == "org/model@abc"
+    assert _known_commit("org/other", tmp_path) == "org/other"
 
 
 def test_a_teacher_learns_by_the_task_alone(recipe: TeacherRecipe) -> None:

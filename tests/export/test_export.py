@@ -374,6 +374,9 @@ def test_a_damaged_export_is_replaced(exported: Exported, tiny_folder: Path, tmp
         ("runs/mine/student/", "mine"),
         ("runs/demo/refine-control/seed-0/student", "refine-control"),
         ("student", "student"),
+        ("./student", "student"),
+        ("/home/u@corp/models/mine", "mine"),
+        ("zoo:model", "model"),
     ],
 )
 def test_a_model_is_called_as_its_user_called_it(name: str, title: str) -> None:

@@ -157,7 +157,7 @@ def test_each_model_is_asked_as_it_is_used_but_for_what_was_typed(copy_of_site: 
     path = copy_of_site / "models" / "twin" / "refine-control.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
-    manifest["defaults"] = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    manifest |= {"defaults": {"num_inference_steps": 3, "guidance_scale": 1.0}, "only_steps": 3}
     path.write_text(json.dumps(manifest), encoding="utf-8")
     seen = look(copy_of_site)
     seen.wait("ready")
@@ -178,6 +178,10 @@ def test_each_model_is_asked_as_it_is_used_but_for_what_was_typed(copy_of_site: 
     seen.page.check("input[value=twin]")
     seen.until(lambda: fields() == ["3", "1"])
     seen.page.fill("#steps", "4")
+    seen.page.check(f"input[value={MODEL}]")
+    seen.until(lambda: fields() == ["4", "2"])
+    seen.page.check("input[value=twin]")
+    seen.until(lambda: fields() == ["3", "1"])  # all that it has learnt
     seen.page.check(f"input[value={MODEL}]")
     seen.until(lambda: fields() == ["4", "2"])
 

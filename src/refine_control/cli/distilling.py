@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from refine_control.command import command, flag, whole_number
@@ -100,9 +99,14 @@ def _distill(args: argparse.Namespace) -> None:
 
     for name in ("labelled", "unlabelled"):
         if getattr(args, name):
-            args.overrides[f"data.{name}"] = json.dumps(getattr(args, name))  # a folder's name, whatever it looks like
+            args.overrides[f"data.{name}"] = _as_it_is(getattr(args, name))
     folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
     print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
+
+
+def _as_it_is(name: str) -> str:
+    """A folder's name as an override that is read as just that, be it a number or with a '#'; a list stays one."""
+    return name if name.startswith("[") else "'" + name.replace("'", "''") + "'"
 
 
 @command(

@@ -28,7 +28,10 @@ from refine_control.errors import UserError
         ),
         flag("--out", type=Path, required=True, help="a folder; exported to the web, one holds several models"),
         flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
-        flag("--name", help="what the model is called there; by default the last part of MODEL"),
+        flag(
+            "--name",
+            help="what the model is called there; by default as MODEL, of runs/mine/student 'mine'",
+        ),
         flag("--data", help="for int8 to calibrate with and be scored on; the page's examples; data/emoji, without"),
         flag(
             "--calibration_images",

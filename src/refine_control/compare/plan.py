@@ -22,8 +22,8 @@ SHARED = (*TEACHES, *SCORED, "sample", "masks")  # if a comparison sets them, it
 
 
 def _is_of(key: str, sections: Sequence[str]) -> bool:
-    """Whether a dotted key is one of these, or below one."""
-    return any(key == section or key.startswith(section + ".") for section in sections)
+    """Whether a dotted key is one of these, or below one, or the whole of what one is in."""
+    return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in sections)
 
 
 def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:

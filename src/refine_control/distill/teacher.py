@@ -30,6 +30,7 @@ from refine_control.distill.processes import pick_device, refuse_processes, set_
 from refine_control.errors import DataError, ModelError, RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, RunConfig, StageConfig, TeacherRecipe
+from refine_control.recipe import load as load_recipe
 from refine_control.student.named import plan_of
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
@@ -45,9 +46,10 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
 
 def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     set_threads(recipe.run)
+    device = pick_device(recipe.run.device)  # first: accelerate keeps what it is told first
     labelled, unlabelled = open_pictures(recipe.data)
     if recipe.init_from:
-        recipe = recipe.model_copy(update={"init_from": store.pin(recipe.init_from)})
+        recipe = recipe.model_copy(update={"init_from": store.pin(_known_commit(recipe.init_from, folder))})
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     begun_from = {"init_from": [digest(part) for part in model.parts]} if recipe.init_from else {}
@@ -56,7 +58,7 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     loader = _loader(recipe, recipe.denoiser_stage, labelled, unlabelled)
     check_stage("denoiser_stage", recipe.denoiser_stage, recipe.run, loader, model.scheduler)
     model = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
-    model.to(pick_device(recipe.run.device))
+    model.to(device)
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
     _train_denoiser(recipe, model, loader, folder / "denoiser")
@@ -134,6 +136,12 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
     return Model(denoiser, vae, text_encoder, tokenizer, scheduler_config(recipe.noise))
 
 
+def _known_commit(name: str, folder: Path) -> str:
+    """The name with the commit that the run in a folder began with."""
+    begun = load_recipe(TeacherRecipe, folder / "recipe.yaml").init_from if (folder / "recipe.yaml").is_file() else None
+    return begun if begun and begun.partition("@")[0] == name else name
+
+
 def _check_description(recipe: TeacherRecipe, model: Model) -> None:
     """Raises RecipeError where the recipe describes another model than init_from is: its saved copy would be wrong."""
     said, found = (
@@ -141,6 +149,8 @@ def _check_description(recipe: TeacherRecipe, model: Model) -> None:
         for plan in (recipe.denoiser, plan_of(model.denoiser))
     )
     noise = recipe.noise.model_dump()
+    if not model.denoiser.nets:
+        del said["conditioning_channels"]
     pairs = {f"denoiser.{key}": (said[key], found[key]) for key in said}
     pairs |= {f"noise.{key}": (noise[key], model.scheduler.get(key, noise[key])) for key in noise}
     for key, (ours, theirs) in pairs.items():

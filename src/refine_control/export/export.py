@@ -8,13 +8,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from refine_control import runtime
-from refine_control.data.source import open_usable
+from refine_control.data.source import NoSplitError, open_usable
 from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import sampler
 from refine_control.diffusion.store import USUAL, load
@@ -74,7 +75,8 @@ def export_model(
     Returns the manifest, which holds the differences from torch ("parity") and of int8 the effect ("quality").
 
     Raises:
-        ModelError: a part of the model cannot be exported; it is named. DataError: int8, and `data` cannot be read.
+        ModelError: a part of the model cannot be exported; it is named.
+        DataError: `data` is given, or int8, and cannot be read.
         UserError: `out` holds other files, or the title has other characters than letters, digits, '.', '_', '-'.
     """
     title = title_of(name) if title is None else title
@@ -85,7 +87,8 @@ def export_model(
     _refuse_other_files(out, to)
     _refuse_other_files(final, "onnx")
     if to == "web" and data is not None:
-        open_usable(data, "test", skip_corrupt=True)  # now: a mistake should not cost the examples that are there
+        with suppress(NoSplitError):  # the page is without examples then
+            open_usable(data, "test", skip_corrupt=True)  # now: a mistake should not cost the examples that are there
     model = load(name, controlnets=controlnets).freeze()
     if calibration_images is None:
         calibration_images = max(CALIBRATION_IMAGES, math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps))
@@ -113,9 +116,10 @@ def export_model(
 def title_of(name: str) -> str:
     """A name for the model: the last part of its own that is not of our own giving, as are the last three of
     runs/mine/refine-control/seed-0/student."""
-    parts = [part for part in re.split("[/:]", name.partition("@")[0]) if part]
+    parts = [part for part in re.split("[/:]", name) if part not in ("", ".", "..")]
     told = [part for part in parts if not re.fullmatch(r"student|model|seed-\d+", part)]
-    return (told or parts or [""])[-1]
+    chosen = parts if name.startswith("zoo:") else told or parts
+    return (chosen or [""])[-1].partition("@")[0]
 
 
 def _write_fp32(graphs: dict[str, Graph], model: Model, folder: Path, manifest: dict[str, Any]) -> None:
@@ -251,7 +255,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def _refuse_other_files(out: Path, to: Target) -> None:
-    """Nothing but an export is ever replaced, one that is damaged too. A site may lie in a repository of its own."""
+    """Nothing but an export is ever replaced, one with damaged graphs too. A site may lie in a repository."""
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; give --out a folder")
     if not out.is_dir():

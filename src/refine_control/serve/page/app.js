@@ -19,7 +19,7 @@ const painter = new Painter($("hole"), tellHole);
 let source = null; // { blob, name } of the picture: read again for a model of another resolution
 let reading = 0; // counts the pictures asked for; of two at once the later one wins
 let stopped = false;
-const typed = new Set(); // of "steps" and "guidance": what was typed goes for every model
+const typed = new Map(); // "steps", "guidance" -> what was typed: it goes for every model
 
 /** Does it, and shows what goes wrong: the page is never left blank or waiting. */
 async function safely(action) {
@@ -98,7 +98,7 @@ function tellHole() {
 
 /** What a model is asked for: as it is used, but for what was typed. */
 function settingsOf({ manifest: { defaults, only_steps: only } }) {
-  const asked = (id, usual) => (typed.has(id) ? Number($(id).value) : usual);
+  const asked = (id, usual) => (typed.get(id) ?? usual);
   return {
     steps: only ?? asked("steps", defaults.num_inference_steps), // all that it has learnt
     guidance: asked("guidance", defaults.guidance_scale),
@@ -144,6 +144,7 @@ async function fill() {
     prompt: $("prompt").value.trim(),
     seed: Number($("seed").value),
   };
+  const settings = asked.map(settingsOf);
   const left = models.filter((model) => $("compare").checked && !asked.includes(model)).map(({ name }) => name);
   if (left.length) say(`Left out, made for pictures of another size: ${left.join(", ")}.`, false);
   const frames = listResults(asked, side);
@@ -152,14 +153,13 @@ async function fill() {
   $("results").firstElementChild.scrollIntoView({ block: "nearest" }); // on a phone it is below what is seen
   for (const [i, model] of asked.entries()) {
     await open(model);
-    if (!stopped) await fillWith(model, request, frames[i]);
+    if (!stopped) await fillWith(model, { ...request, ...settings[i] }, frames[i]);
     if (stopped) return setState("ready", "Stopped.");
   }
   setState("done", "Done.");
 }
 
-async function fillWith(model, shared, frame) {
-  const request = { ...shared, ...settingsOf(model) };
+async function fillWith(model, request, frame) {
   let spent = 0;
   setState("busy", `${model.name} draws…`);
   setProgress(0);
@@ -201,7 +201,7 @@ function listen() {
     for (const model of models) model.close();
     safely(() => choose(chosen));
   });
-  for (const id of ["steps", "guidance"]) $(id).addEventListener("input", () => typed.add(id));
+  for (const id of ["steps", "guidance"]) $(id).addEventListener("input", () => typed.set(id, Number($(id).value)));
   $("undo").addEventListener("click", () => painter.undo());
   $("clear").addEventListener("click", () => painter.clear());
   $("brush").addEventListener("input", () => (painter.brush = Number($("brush").value)));
