@@ -87,6 +87,15 @@ def test_saving_does_not_touch_the_model(tmp_path: Path) -> None:
         assert torch.equal(old, new)
 
 
+def test_a_model_that_was_used_is_saved_as_one_that_was_not(model: Model, tmp_path: Path) -> None:
+    """A tokenizer remembers how it was last asked to cut; what was scored before would be taken for another model's."""
+    save(model, tmp_path / "before")
+    model.embed(["a red cat"])
+    save(model, tmp_path / "after")
+    for path in (tmp_path / "before").rglob("*.*"):
+        assert (tmp_path / "after" / path.relative_to(tmp_path / "before")).read_bytes() == path.read_bytes(), path
+
+
 def test_what_else_lies_in_a_models_folder_stays(model: Model, tmp_path: Path) -> None:
     """A card, a repository; of an earlier model nothing."""
     save(model, tmp_path / "model")

@@ -66,6 +66,9 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     for network in whole.networks:
         network.to(dtype)
     try:
+        for tokenizer in filter(None, (whole.tokenizer, whole.tokenizer_2)):  # else it keeps what it was last asked for
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         whole.pipeline().save_pretrained(aside, safe_serialization=True)
         ours = {FORMAT_KEY: FORMAT, USUAL_KEY: model.usual.model_dump(include={*USUAL})}
         ours |= {ONLY_KEY: model.only_steps} if model.only_steps else {}
