@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,13 @@ def claim(
     if contents:
         write_whole(kept, json.dumps(contents, indent=1))
     write_whole(told, json.dumps(settings or {}, indent=1))
+
+
+def known_commits(kind: type[R], folder: Path, names: Callable[[R], Iterable[str | None]]) -> dict[str, str]:
+    """name -> name@COMMIT, of the hub's models that the run in a folder began with."""
+    path = folder / "recipe.yaml"
+    begun = names(load(kind, path)) if path.is_file() else ()
+    return {name.partition("@")[0]: name for name in begun if name}
 
 
 def _hashed_otherwise(begun: Any) -> set[str]:

@@ -275,17 +275,17 @@ def pictures_of(run: Run, domains: dict[str, Domain]) -> dict[str, Tensor]:
 
 def _finite(value: Any) -> Any:
     """A recipe's plain data with infinities as text, which JSON can hold and a recipe takes."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list) else value
+    return _with_floats(value, lambda number: number if math.isfinite(number) else str(number))
 
 
 def _rounded(value: Any) -> Any:
     """Six digits are more than any score has; all of them would be most of the file."""
+    return _with_floats(value, lambda number: float(f"{number:.6g}"))
+
+
+def _with_floats(value: Any, made: Callable[[float], Any]) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return made(value)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _with_floats(one, made) for key, one in value.items()}
+    return [_with_floats(one, made) for one in value] if isinstance(value, list | tuple) else value

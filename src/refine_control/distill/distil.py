@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from refine_control.claim import claim
+from refine_control.claim import claim, known_commits
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
 from refine_control.data.table import Steps
@@ -34,7 +34,6 @@ from refine_control.distill.teacher import check_resolution, check_stage, conten
 from refine_control.errors import RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig
-from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
@@ -226,10 +225,7 @@ def _agree(recipe: DistilRecipe) -> None:
 
 def with_known_commits(recipe: DistilRecipe, folder: Path) -> DistilRecipe:
     """The recipe with the commits that the run in a folder began with, where it names the hub's models without one."""
-    if not (folder / "recipe.yaml").is_file():
-        return recipe
-    begun = load_recipe(DistilRecipe, folder / "recipe.yaml")
-    known = {name.split("@")[0]: name for name in (begun.teacher, *begun.controlnets)}
+    known = known_commits(DistilRecipe, folder, lambda begun: [begun.teacher, *begun.controlnets])
     nets = tuple(known.get(name, name) for name in recipe.controlnets)
     return recipe.model_copy(update={"teacher": known.get(recipe.teacher, recipe.teacher), "controlnets": nets})
 
