@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from refine_control.errors import RecipeError
 from refine_control.files import write_whole
 from refine_control.plans import Config
-from refine_control.recipe import load, save
+from refine_control.recipe import RunConfig, load, save
 
 R = TypeVar("R", bound=Config)
 
@@ -23,6 +23,13 @@ def learnt(config: Config) -> dict[str, Any]:
     data = {"cache_gb", "cache_dir", "teacher_cache_gb", "skip_corrupt"}
     aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": data}
     return config.model_dump(mode="json", exclude=aside)
+
+
+def rounding(run: RunConfig) -> dict[str, Any]:
+    """What of the way it runs moves the trained weights by rounding; {} where nothing is set."""
+    plain = run.__class__()
+    keys = ("mixed_precision", "teacher_dtype", "use_8bit_adam")
+    return {key: getattr(run, key) for key in keys if getattr(run, key) != getattr(plain, key)}
 
 
 def claim(

@@ -193,7 +193,7 @@ def test_devices_are_not_mixed_in_a_table(base: Path, whole: Path, tmp_path: Pat
     shutil.copytree(whole / "results", tmp_path / "results")
     path = tmp_path / "results/scratch/seed-1/run.json"
     other = json.loads(path.read_text())
-    other["machine"]["gpu"] = "some GPU"
+    other["machine"]["gpu"], other["device"] = "some GPU", "cuda"
     path.write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"runs are of different devices \(CPU, some GPU\)"):
         comparing.compare(plan_of(base, tmp_path), {})

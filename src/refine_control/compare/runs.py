@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refine_control import __version__
-from refine_control.claim import learnt
+from refine_control.claim import learnt, rounding
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
 from refine_control.compare.sharing import share_stage1
 from refine_control.distill.distil import OURS, Distiller
 from refine_control.distill.loop import train
+from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -80,7 +81,7 @@ class Workshop:
 
 
 def _commit() -> str:
-    """Of the code, with '+' behind it where that was changed since; '' outside a clone."""
+    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
     source = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
@@ -89,6 +90,7 @@ def _commit() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "compare/runs.py")  # not that of one in which an environment lies
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -126,7 +128,8 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
             return kept
         result = {
             "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
-            "machine": machine(), "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
+            "machine": machine(), "device": pick_device(recipe.run.device).type,
+            "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
             "recipe": _finite(recipe.model_dump(mode="json")),
             **_scored(run, recipe, distiller, rival, method, shop.domains),
             "trained_seconds": trained_seconds(run.work),
@@ -146,7 +149,7 @@ def digest_of(
     """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
     scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
-    learning = [VERSION, learnt(trained)] if trained else None
+    learning = [VERSION, learnt(trained), *filter(None, [rounding(trained.run)])] if trained else None
     decides = [learning, made_by, distiller.settings(), scored]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -217,8 +220,10 @@ def _trained_network(
     @torch.no_grad()
     def fill(images: Tensor, masks: Tensor) -> Tensor:
         device = distiller.teacher.device
-        painted = network.paint((images * 2 - 1).to(device), masks.to(device)).cpu().clamp(-1, 1)
-        return torch.where(masks.bool(), (painted + 1) / 2, images)
+        size = recipe.sample.batch_size
+        parts = zip((images * 2 - 1).split(size), masks.split(size), strict=True)
+        painted = torch.cat([network.paint(image.to(device), mask.to(device)).cpu() for image, mask in parts])
+        return torch.where(masks.bool(), (painted.clamp(-1, 1) + 1) / 2, images)
 
     return _scored_pictures(fill, domains, run, network_cost(network, recipe.data.resolution))
 

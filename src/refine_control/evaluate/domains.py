@@ -32,20 +32,29 @@ MODEL_FILES = (".safetensors", ".json", ".txt")
 
 @dataclass
 class Domain:
-    """One held-out set and the features of its true pictures, by every extractor; the first is the offline one."""
+    """One held-out set and the features of its true pictures, by every extractor; the first is the offline one.
+
+    trained_on: some of the pictures are training's too, for want of a split of their own.
+    """
 
     heldout: HeldOut
     references: list[Reference]
+    trained_on: bool = False
 
     def score(self, drawn: Tensor) -> dict[str, Any]:
         """As `score.score`, with the metrics of all extractors together and one provenance for each."""
         results = [reference.score(drawn) for reference in self.references]
-        whole = results[0] | {"provenance": [result["provenance"] for result in results]}
+        whole = results[0] | {"provenance": self.provenance()}
         for result in results[1:]:
             whole["metrics"] |= result["metrics"]
             whole["per_image"] |= result["per_image"]
             whole["by_ratio"] = {area: whole["by_ratio"][area] | one for area, one in result["by_ratio"].items()}
         return whole
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """What made the scores, one for each extractor."""
+        told = {"trained_on": True} if self.trained_on else {}
+        return [reference.provenance() | told for reference in self.references]
 
 
 def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) -> dict[str, Domain]:
@@ -56,8 +65,9 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
         if pictures is not None:
             paths = paths_of(getattr(data, name))
-            trained_on = {file for path in paths for file in open_dataset(path, lenient=data.skip_corrupt).files()}
-            if set(pictures.dataset.files()) & trained_on:
+            trained = {file for path in paths for file in open_dataset(path, lenient=data.skip_corrupt).files()}
+            trained_on = bool(set(pictures.dataset.files()) & trained)
+            if trained_on:
                 print(
                     f"refine-control: '{', '.join(map(str, paths))}' has no split '{config.split}' of its own: "
                     "these scores are of pictures that were trained on",
@@ -70,7 +80,7 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
                     f"{pictures.examples}: too few for scores; give 2 or more"
                 )
             references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
-            domains[name] = Domain(heldout, references)
+            domains[name] = Domain(heldout, references, trained_on)
     return domains
 
 
@@ -86,7 +96,7 @@ def evaluate_model(
     settings = {
         "model": _fingerprint(resolve(name, not controlnets), *map(resolve_controlnet, controlnets)),
         "sample": recipe.sample.model_dump(),
-        "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
+        "extractors": next(iter(domains.values())).provenance(),
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
     before = _result(kept)

@@ -58,7 +58,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         scores = {key: d.score(filled[key])["metrics"] for key, d in domains.items()}
         table[name] = {"domains": scores}
         rows.append(Row(name, name, scores, None, None, None, None, None, filled))
-    table["provenance"] = [reference.provenance() for reference in domains["labelled"].references]
+    table["provenance"] = domains["labelled"].provenance()
     table["sample"] = recipe.sample.model_dump()
     table["machine"] = machine()
     out.mkdir(parents=True, exist_ok=True)
