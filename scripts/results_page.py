@@ -48,10 +48,10 @@ PROTOCOL = (
     "All rows of a table see the same batches, masks and noise and are drawn with the same sampler; student and steps "
     "are the same unless a row's name says otherwise, and wall time stands beside steps. What is scored shows concepts "
     "that no training picture shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by "
-    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it. How the rows learn was "
-    "chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`), the sampler's "
-    "steps on the scored ones, for all models alike; validation pictures say the same of two against ten "
-    "(`results/sampler-steps-val`).",
+    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it, but for the oldest. How the "
+    "rows learn was chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`). On "
+    "the scored ones were chosen the rate of the feed-forward rival (decision 33) and, for all models alike, the "
+    "sampler's steps; of two against ten validation pictures say the same (`results/sampler-steps-val`).",
 )
 CLIPPED = (
     "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, which flatters the method against training "

@@ -66,6 +66,8 @@ def claim(
                     f"'{folder}' holds a run of another recipe ({key} {theirs.get(key)}, not {ours.get(key)}); "
                     "remove it or choose another output_dir (of a comparison: work_dir)"
                 )
+    elif path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith("format:"):
+        raise RecipeError(f"'{path}' would be written over, and no run wrote it; choose another output_dir")
     save(config, path)
     if contents:
         write_whole(kept, json.dumps(contents, indent=1))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from refine_control import recipe as recipes
 from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare import sharing, speed
+from refine_control.compare import sharing, speed, tables
 from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
@@ -345,3 +346,38 @@ def test_rows_that_begin_alike_share_stage_1_and_end_as_if_they_had_not(base: Pa
     )
     assert [key for key in shared if not torch.equal(shared[key], alone[key])] == []
     assert running.trained_seconds(logs[2].parents[1])
+
+
+def test_pictures_that_were_trained_on_are_not_called_held_out(whole: Path) -> None:
+    for name in ("table.md", "report.html"):
+        text = (whole / "results" / name).read_text(encoding="utf-8")
+        assert "of the labelled domain, which were trained on" in text
+        assert "Held-out" not in text
+    assert "pictures scored: 4 of " in (whole / "results/table.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_1_of_another_precision_is_another(base: Path) -> None:
+    recipe = recipes.load(recipes.DistilRecipe, base)
+    for change in ({"mixed_precision": "bf16"}, {"teacher_dtype": "fp16"}, {"use_8bit_adam": True}):
+        other = recipe.model_copy(update={"run": recipe.run.model_copy(update=change)})
+        assert sharing.beginning(other, {}, {}) != sharing.beginning(recipe, {}, {})
+    slower = recipe.model_copy(update={"run": recipe.run.model_copy(update={"num_threads": 2, "compile": True})})
+    assert sharing.beginning(slower, {}, {}) == sharing.beginning(recipe, {}, {})
+
+
+def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    file = tmp_path / ".venv/refine_control/compare/runs.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(running, "__file__", str(file))
+    assert running._commit() == ""
+
+
+def test_a_label_may_hold_what_parts_cells() -> None:
+    assert tables._cell_text("L1|L2") == r"L1\|L2"

@@ -27,7 +27,7 @@ from refine_control.distill.loop import train
 from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
-from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.domains import Domain, check_fillable, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
 from refine_control.recipe import DistilRecipe
@@ -166,6 +166,7 @@ def _scored(
     if run.row == TEACHER:
         return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
     if rival and rival.fill:
+        check_fillable(domains)
         return _scored_pictures(rival.fill, domains, run)
     if rival and rival.network:
         return _trained_network(rival, distiller, domains, recipe, run)

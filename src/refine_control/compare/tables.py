@@ -16,7 +16,8 @@ NAMES = {"labelled": "the labelled domain", "unlabelled": "the plain domain"}
 
 def heading(domain: str, trained_on: bool = False) -> str:
     """What a table of a domain's scores is headed by."""
-    return f"{'Pictures that were trained on' if trained_on else 'Held-out pictures'} of {NAMES.get(domain, domain)}"
+    of = f"ictures of {NAMES.get(domain, domain)}"
+    return f"P{of}, which were trained on" if trained_on else f"Held-out p{of}"
 
 
 def _cell_text(label: str) -> str:

@@ -23,7 +23,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.cache import EncoderCache, digest, settings
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
-from refine_control.diffusion.noise import sampler_at
+from refine_control.diffusion.noise import at_few_steps, sampler_at
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
@@ -48,10 +48,14 @@ class Distiller:
     def __init__(self, teacher: str, data: DataConfig, run: RunConfig, controlnets: Sequence[str] = ()) -> None:
         set_threads(run)
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
-        self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
+        device = pick_device(run.device)
+        if device.type == "cpu" and {run.teacher_dtype, run.mixed_precision} == {"fp16", "bf16"}:
+            raise RecipeError("run.teacher_dtype and run.mixed_precision are fp16 and bf16: on a CPU give one type")
+        self.teacher = store.load(self.name, controlnets=self.controlnets).freeze()
         self._weights = [digest(network) for network in self.teacher.parts]  # as they are on the disk, whatever follows
         self.dtype = run.teacher_dtype
         self.teacher.denoiser.to(DTYPES[self.dtype])
+        self.teacher.to(device)  # at last: so that no more than its own type is ever there
         self.team = PartialState()
         self._open(data)
 
@@ -100,7 +104,8 @@ class Distiller:
             self._train(folder / name, student, bridges, recipe.stages[name], loader, recipe, method)
         if self.team.is_main_process:
             only = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
-            learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only)
+            scheduler = at_few_steps(self.teacher.scheduler, only)
+            learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only, scheduler=scheduler)
             store.save(learnt, folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
@@ -145,7 +150,7 @@ class Distiller:
         return student, bridges
 
     def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
-        stage = recipe.stage1
+        stage = recipe.stage1 if recipe.stage1.steps else recipe.stage2
         loader, passes = self.loader(recipe, stage, "norms"), recipe.run.gradient_accumulation_steps
         longer = max(recipe.stage1.steps, recipe.stage2.steps, 1)
         steps = range(min(-(-MEASURED_ROWS // stage.batch_size), longer))
@@ -172,6 +177,8 @@ class Distiller:
             student.compile_blocks()
             self.teacher.denoiser.compile_blocks()
         kept = self._kept_steps(recipe, stage, loader.seed)
+        scheduler = at_few_steps(self.teacher.scheduler, stage.num_inference_steps)
+        drawn = replace(self.teacher, denoiser=student, only_steps=None, scheduler=scheduler)
         train(
             folder,
             Distillation(student, self.teacher, bridges, self.encoder, stage, kept, method.losses),
@@ -179,7 +186,7 @@ class Distiller:
             loader,
             stage,
             recipe.run,
-            Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
+            Preview(drawn, self.validation, recipe.masks, recipe.sample),
         )
 
     def contents(self, method: Method = OURS) -> dict[str, str]:
@@ -192,9 +199,10 @@ class Distiller:
         teacher = hashlib.sha256("".join(self._weights).encode()).hexdigest()
         return {"teacher": teacher, **contents(self.labelled, self.unlabelled)}
 
-    def settings(self) -> dict[str, Any]:
-        """What else decides the teacher's answers."""
-        return settings(self.teacher, ["", *self.labelled.captions()])
+    def settings(self, steps: int | None = None) -> dict[str, Any]:
+        """What else decides the teacher's answers. steps: see `at_few_steps`."""
+        asked = replace(self.teacher, scheduler=at_few_steps(self.teacher.scheduler, steps))
+        return settings(asked, ["", *self.labelled.captions()])
 
     def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int) -> Steps | None:
         """What the teacher made of the steps of a stage, for other students that meet the same steps."""
@@ -202,7 +210,7 @@ class Distiller:
             return None
         sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
         key = {
-            "teacher": [self._weights, self.dtype, self.settings()],
+            "teacher": [self._weights, self.dtype, self.settings(stage.num_inference_steps)],
             "precision": recipe.run.mixed_precision,
             "controls": self.data.controls,
             "pictures": sets,
@@ -212,7 +220,7 @@ class Distiller:
             ),
             "seed": seed,
         }
-        return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb)
+        return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb, self.team.num_processes)
 
 
 def _agree(recipe: DistilRecipe) -> None:

@@ -21,7 +21,7 @@ from refine_control.diffusion.build import build_autoencoder, build_denoiser, bu
 from refine_control.diffusion.cache import digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model, halvings
-from refine_control.diffusion.noise import NoiseSchedule, sampler_at, scheduler_config
+from refine_control.diffusion.noise import NoiseSchedule, at_few_steps, sampler_at, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.losses import by_place, task_loss
@@ -58,7 +58,8 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
     loader = _loader(recipe, recipe.denoiser_stage, labelled, unlabelled)
     check_stage("denoiser_stage", recipe.denoiser_stage, recipe.run, loader, model.scheduler)
-    model = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
+    only = recipe.denoiser_stage.num_inference_steps
+    model = replace(model, usual=recipe.sample, only_steps=only, scheduler=at_few_steps(model.scheduler, only))
     model.to(device)
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
@@ -125,8 +126,8 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
         _check_description(recipe, model)
         return model
     vae = build_autoencoder(recipe.autoencoder)
-    captions = [labelled[i].text or "" for i in range(labelled.examples)]
     if not kept_tokenizer.is_dir():
+        captions = [labelled.text(i) for i in range(labelled.examples)]
         aside = kept_tokenizer.with_name(".tokenizer.part")
         build_tokenizer(recipe.text, captions).save_pretrained(aside)
         aside.rename(kept_tokenizer)

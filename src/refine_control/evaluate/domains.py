@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.data.source import open_dataset, paths_of
+from refine_control.data.source import warn_if_trained_on
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.processes import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
@@ -64,15 +63,8 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     tested = open_pictures(data, config.split, variants=1)
     for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
         if pictures is not None:
-            paths = paths_of(getattr(data, name))
-            trained = {file for path in paths for file in open_dataset(path, lenient=data.skip_corrupt).files()}
-            trained_on = bool(set(pictures.dataset.files()) & trained)
-            if trained_on:
-                print(
-                    f"refine-control: '{', '.join(map(str, paths))}' has no split '{config.split}' of its own: "
-                    "these scores are of pictures that were trained on",
-                    file=sys.stderr,
-                )
+            files = pictures.dataset.files()
+            trained_on = warn_if_trained_on(getattr(data, name), files, config.split, data.skip_corrupt)
             heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
             if len(heldout.batch) < 2:  # of one picture no spread can be told
                 raise DataError(
@@ -82,6 +74,16 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
             references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
             domains[name] = Domain(heldout, references, trained_on)
     return domains
+
+
+def check_fillable(domains: dict[str, Domain]) -> None:
+    """Raises DataError where classical inpainting has nothing to fill from."""
+    for name, domain in domains.items():
+        if full := int(domain.heldout.batch.mask.flatten(1).all(1).sum()):
+            raise DataError(
+                f"{full} masks of the {name} pictures cover all of them, and classical inpainting fills from what is "
+                "known; leave it out, or set data.controls [inpaint] with smaller holes"
+            )
 
 
 def evaluate_model(
