@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,17 @@ def measure(
     return lines
 
 
-def markdown(lines: Lines, sentence: str) -> str:
-    """Scores in the hole, a table for each domain."""
+def markdown(lines: Lines, sentence: str, trained_on: Collection[str] = ()) -> str:
+    """Scores in the hole, a table for each domain. trained_on: the domains whose pictures were."""
     parts = ["# Quality against sampler steps", "", sentence, ""]
     for domain in _domains(lines):
         metrics = _metrics(lines, domain)
         arrows = [f"{m} {arrow(m)}" for m in metrics]
-        parts += [f"## {heading(domain)}, in the hole", "", f"| | steps | {' | '.join(arrows)} | seeds |"]
+        parts += [
+            f"## {heading(domain, domain in trained_on)}, in the hole",
+            "",
+            f"| | steps | {' | '.join(arrows)} | seeds |",
+        ]
         parts.append("|---|" + "---:|" * (len(metrics) + 2))
         for name, by_steps in lines.items():
             for count, one in by_steps.items():
@@ -159,7 +163,7 @@ def main() -> None:
         f"for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
         f"code at {shop.commit or 'no commit'}."
     )
-    text = markdown(lines, sentence)
+    text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])
     write_whole(args.out / "table.md", text)
     plot(lines, args.out / "plot.png")
     print(text)

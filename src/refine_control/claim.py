@@ -67,7 +67,7 @@ def claim(
                     "remove it or choose another output_dir (of a comparison: work_dir)"
                 )
     elif path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith("format:"):
-        raise RecipeError(f"'{path}' would be written over, and no run wrote it; choose another output_dir")
+        raise RecipeError(f"'{path}' would be written over, and is not as a run writes it; choose another output_dir")
     save(config, path)
     if contents:
         write_whole(kept, json.dumps(contents, indent=1))

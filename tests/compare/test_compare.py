@@ -19,6 +19,7 @@ from refine_control.compare import sharing, speed, tables
 from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
+from refine_control.evaluate.report import Row
 from refine_control.files import hold
 from refine_control.recipe import EvaluateConfig
 
@@ -153,7 +154,9 @@ def test_an_ablation_claims_nothing(
 
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
-    with pytest.raises(RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method or rival"):
+    with pytest.raises(
+        RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method, rival or precision"
+    ):
         comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
 
 
@@ -302,14 +305,14 @@ def test_rows_of_other_data_share_the_teacher(base: Path) -> None:
     shop = running.Workshop(recipe)
     one = shop.distiller(recipe)
     fewer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"labelled_limit": 3})})
-    whole = one.contents()
+    whole = one.contents(recipe)
     other = shop.distiller(fewer)
     assert other.teacher is one.teacher
     assert other.encoder is not one.encoder, "which keeps what it made by the place of a picture"
     assert other.labelled.examples == 3
-    assert other.contents()["data.labelled"] != whole["data.labelled"]
+    assert other.contents(recipe)["data.labelled"] != whole["data.labelled"]
     assert one.labelled.examples == 5
-    assert one.contents() == whole
+    assert one.contents(recipe) == whole
     assert shop.distiller(fewer) is other
 
 
@@ -380,4 +383,6 @@ def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
 
 
 def test_a_label_may_hold_what_parts_cells() -> None:
-    assert tables._cell_text("L1|L2") == r"L1\|L2"
+    scored = {"labelled": {"psnr": {"hole": 1.0}}}
+    row = Row("a", "L1|L2", scored, None, None, None, None, None, {}, {"labelled": {"psnr": {"hole": None}}})
+    assert tables._scores([row], "labelled", {"a": {0: {}}})[-1] == r"| L1\|L2 | 1 | 1 |"

@@ -320,6 +320,6 @@ def test_norms_are_measured_on_the_first_stage_that_is_run(recipe: DistilRecipe,
 def test_a_recipe_that_lies_in_the_output_folder_is_not_written_over(recipe: DistilRecipe, tmp_path: Path) -> None:
     mine = "# mine\n" + yaml.safe_dump(recipe.model_dump(mode="json"))
     (tmp_path / "recipe.yaml").write_text(mine)
-    with pytest.raises(RecipeError, match=r"recipe\.yaml' would be written over, and no run wrote it"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml' would be written over, and is not as a run writes it"):
         distil(into(recipe, tmp_path))
     assert (tmp_path / "recipe.yaml").read_text() == mine

@@ -92,6 +92,9 @@ def test_few_steps_begin_at_pure_noise_whatever_the_teachers_scheduler(tmp_path:
     assert NoiseSchedule.of_stage(scheduler, stage(num_inference_steps=1)).timesteps.tolist() == [999]
     assert NoiseSchedule.of_stage(scheduler, stage(num_inference_steps=4)).timesteps.tolist() == [249, 499, 749, 999]
     one = recipe_for(tmp_path, str(teacher)).model_copy(update={"stage1": stage(1, num_inference_steps=1)})
+    distiller = Distiller(one.teacher, one.data, one.run)
+    assert distiller.contents(one)["timesteps"] == "trailing", "a run of before is another"
+    assert "timesteps" not in distiller.contents(recipe_for(tmp_path / "all", str(teacher)))
     student = load(str(distil(one)))
     assert sampler_at(student.scheduler, 1).timesteps.tolist() == [999]
 

@@ -38,7 +38,9 @@ from refine_control.errors import UserError
             help="of the split train, for int8; without, enough for 240 steps of the sampler",
         ),
         flag("--images", default="192", help="of the split test, to see int8's effect on; 0 leaves it unmeasured"),
-        flag("--controls", default="inpaint", help="for int8, one for each ControlNet: inpaint, edges, grey"),
+        flag(
+            "--controls", default="inpaint", help="for int8, what its ControlNet is shown: inpaint, edges, grey, file"
+        ),
     ],
 )
 def _export(args: argparse.Namespace) -> None:
@@ -71,7 +73,9 @@ def _export(args: argparse.Namespace) -> None:
         flag("--num_threads", help="of each model; the cores there are, without"),
         flag("--data", default="data/emoji", help="pictures to score on (split test); 'none' scores nothing"),
         flag("--images", default="192", help="how many of them"),
-        flag("--controls", default="inpaint", help="one for each ControlNet: inpaint, edges, grey"),
+        flag(
+            "--controls", default="inpaint", help="for the scores, one for each ControlNet: inpaint, edges, grey, file"
+        ),
         flag("--output_dir", type=Path, default=Path("runs/bench"), help="gets bench.json, bench.md and bench.png"),
     ],
 )

@@ -25,7 +25,12 @@ SCORED = (
 )  # likewise: of scores
 OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
 LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
-SHARED = (*TEACHES, *SCORED, "data.labelled")  # if a comparison sets them, its teacher is drawn and scored so too
+SHARED = (
+    *TEACHES,
+    *SCORED,
+    "data.labelled",
+    "data.skip_corrupt",
+)  # if a comparison sets them, its teacher is drawn and scored so too
 
 
 def _is_of(key: str, sections: Sequence[str]) -> bool:

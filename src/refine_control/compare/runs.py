@@ -27,7 +27,7 @@ from refine_control.distill.loop import train
 from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
-from refine_control.evaluate.domains import Domain, check_fillable, drawn, evaluate_model, open_domains
+from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
 from refine_control.recipe import DistilRecipe
@@ -116,14 +116,14 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         distiller, rival = shop.distiller(run.recipe), shop.rival(run)
         recipe = distiller.pinned(run.recipe)
         method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
-        made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
+        made_by = {**distiller.contents(recipe, method), **({"method": rival.digest} if rival else {})}
         identity = digest_of(recipe if shop.is_trained(run) else None, recipe, distiller, made_by, shop.domains)
         kept = result_of(run)
         if kept is not None:
             if kept["identity"] != identity:
                 raise RecipeError(
-                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method or rival; "
-                    "remove it, or choose another output_dir"
+                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method, rival or "
+                    "precision; remove it, or choose another output_dir"
                 )
             return kept
         result = {
@@ -164,9 +164,9 @@ def _scored(
 ) -> dict[str, Any]:
     """{"cost", "settings", "domains"} of a run, after what training it takes."""
     if run.row == TEACHER:
-        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
+        steps = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
+        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets, steps)
     if rival and rival.fill:
-        check_fillable(domains)
         return _scored_pictures(rival.fill, domains, run)
     if rival and rival.network:
         return _trained_network(rival, distiller, domains, recipe, run)
@@ -189,9 +189,14 @@ def trained_seconds(folder: Path) -> float | None:
 
 
 def _scored_model(
-    name: str, domains: dict[str, Domain], recipe: DistilRecipe, run: Run, controlnets: Sequence[str] = ()
+    name: str,
+    domains: dict[str, Domain],
+    recipe: DistilRecipe,
+    run: Run,
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    result = evaluate_model(name, domains, recipe, run.work, controlnets)
+    result = evaluate_model(name, domains, recipe, run.work, controlnets, steps)
     _keep_pictures(run, drawn(run.work))
     return {"cost": result["cost"], "settings": result["settings"], "domains": result["domains"]}
 

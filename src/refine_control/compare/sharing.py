@@ -21,7 +21,7 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
-    ours = beginning(recipe, distiller.contents(method), distiller.settings())
+    ours = beginning(recipe, distiller.contents(recipe, method), distiller.settings())
     for begun, theirs, contents in finished(folder.parent.parent):
         settings = json.loads((begun / "settings.json").read_text())
         if begun == folder or beginning(theirs, contents, settings) != ours:

@@ -51,7 +51,8 @@ class Pictures:
         self.variants = variants
         self.examples = len(self.dataset)
         self._kept: dict[int, Example] = {}
-        self._bytes_left = config.cache_gb * 2**30
+        room = config.cache_gb * 2**30
+        self._bytes_left = room if 3 * config.resolution**2 * len(self) <= room else 0
 
     def __len__(self) -> int:
         return self.examples * self.variants

@@ -94,7 +94,7 @@ def warn_if_trained_on(paths: Paths, files: Iterable[Path], split: str, lenient:
     """Whether some of a split's files are training's too, for want of a split of its own; a line on stderr says so."""
     trained: set[Path] = set()
     for path in paths_of(paths):
-        with suppress(NoSplitError):
+        with suppress(DataError if lenient else NoSplitError):
             trained.update(open_dataset(path, lenient=lenient).files())
     if found := not trained.isdisjoint(files):
         print(

@@ -49,7 +49,7 @@ def generate(
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     loaded = load(model, device, controlnets).freeze()
-    say_if_blind(loaded, model)
+    say_if_blind(loaded, model, "--controlnet")
     side = loaded.resolution
     hole = fit_square_mask(hole, side)
     if not hole.any():
@@ -67,8 +67,8 @@ def generate(
     return side
 
 
-def say_if_blind(model: Model, name: str) -> None:
-    """A line on stderr where a model has no ControlNet."""
+def say_if_blind(model: Model, name: str, given_by: str) -> None:
+    """A line on stderr where a model has no ControlNet. given_by: the flag or key that names one."""
     if not model.denoiser.nets:
-        note = "has no ControlNet, so it does not see the picture around the hole; give one with it"
+        note = f"has no ControlNet, so it does not see the picture around the hole; give one with {given_by}"
         print(f"refine-control: '{name}' {note}", file=sys.stderr)

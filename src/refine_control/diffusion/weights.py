@@ -26,6 +26,7 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "attn_implementation": OWN_ATTENTION,
     "_attn_implementation": OWN_ATTENTION,
+    "attribute_map": (None,),  # other keys' values
 }
 
 
@@ -112,13 +113,16 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _longest(values: Iterable[Any]) -> int:
     """The length of the longest list, at any depth: lists describe the same levels."""
-    return max((max(len(each), _longest(each)) for each in values if isinstance(each, list)), default=1)
+    inner = [each.values() if isinstance(each, dict) else each for each in values if isinstance(each, dict | list)]
+    return max((max(len(each), _longest(each)) for each in inner), default=1)
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[int]:
     """How often layers repeat, by every number of a config that says so."""
     for key, value in config.items():
-        if any(word in key for word in LAYERS):
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif any(word in key for word in LAYERS):
             yield max([1, *(n for n in _numbers(value) if not isinstance(n, bool))])
 
 

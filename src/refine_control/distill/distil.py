@@ -112,8 +112,13 @@ class Distiller:
 
     def _within_what_the_teacher_learnt(self, recipe: DistilRecipe) -> None:
         """Raises RecipeError where a stage would ask it at timesteps that it never met."""
+        spacing = self.teacher.scheduler["timestep_spacing"]
         for name, stage in recipe.stages.items():
             asked = stage.steps and (stage.weights.output or stage.weights.feature)
+            if asked and self.teacher.only_steps and spacing != "trailing":
+                raise RecipeError(
+                    f"teacher '{self.name}' has learnt few steps at '{spacing}' timesteps; distil it anew"
+                )
             if asked and self.teacher.only_steps not in (None, stage.num_inference_steps):
                 raise RecipeError(
                     f"teacher '{self.name}' has learnt the timesteps of {self.teacher.only_steps} step(s) alone; set "
@@ -126,7 +131,7 @@ class Distiller:
 
     def claim(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> None:
         """Makes the folder this run's. Raises RecipeError where it holds another one's."""
-        claim(recipe, folder, self.contents(method), self.settings())
+        claim(recipe, folder, self.contents(recipe, method), self.settings())
 
     def fresh_student(self, recipe: DistilRecipe, measure: bool = True) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight.
@@ -189,10 +194,13 @@ class Distiller:
             Preview(drawn, self.validation, recipe.masks, recipe.sample),
         )
 
-    def contents(self, method: Method = OURS) -> dict[str, str]:
-        """What the recipe names, by what it holds; a rival's code, and the version of ours, if it is not the first."""
+    def contents(self, recipe: DistilRecipe, method: Method = OURS) -> dict[str, str]:
+        """What the recipe names, by what it holds; a rival's code; and where few steps' timesteps are not the teacher's
+        own, or our version is not the first, that."""
         version = {"version": str(VERSION)} if VERSION > 1 else {}
-        return self._contents | version | ({"method": method.digest} if method.digest else {})
+        few = any(stage.steps and stage.num_inference_steps for stage in recipe.stages.values())
+        spaced = {"timesteps": "trailing"} if few and self.teacher.scheduler["timestep_spacing"] != "trailing" else {}
+        return self._contents | version | spaced | ({"method": method.digest} if method.digest else {})
 
     @cached_property
     def _contents(self) -> dict[str, str]:

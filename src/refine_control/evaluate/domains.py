@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refine_control.data.source import warn_if_trained_on
+from refine_control.diffusion.noise import at_few_steps
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.processes import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
@@ -87,9 +88,16 @@ def check_fillable(domains: dict[str, Domain]) -> None:
 
 
 def evaluate_model(
-    name: str, domains: dict[str, Domain], recipe: DistilRecipe, folder: Path, controlnets: Sequence[str] = ()
+    name: str,
+    domains: dict[str, Domain],
+    recipe: DistilRecipe,
+    folder: Path,
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Scores a saved model on every domain, once: the result is kept in `folder` beside the pictures.
+
+    steps: the one number that its students learn; it is drawn at their timesteps then (`at_few_steps`).
 
     Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see score.score}}; pictures (N, 3, H, W) in
     [0, 1] are read back with `drawn`.
@@ -101,10 +109,13 @@ def evaluate_model(
         "extractors": next(iter(domains.values())).provenance(),
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
+    if steps is not None:
+        settings["timesteps"] = "trailing"
     before = _result(kept)
     if before.get("settings") == settings:
         return before
     model = load(name, pick_device(recipe.run.device), controlnets).freeze()
+    model = replace(model, scheduler=at_few_steps(model.scheduler, steps))
     check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
     result: dict[str, Any] = {

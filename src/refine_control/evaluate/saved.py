@@ -47,10 +47,11 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     rows = []
     for name in models:
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
-        nets = recipe.controlnets if name == recipe.teacher else ()
+        is_teacher = name.partition("@")[0] == recipe.teacher.partition("@")[0]  # whatever their commits
+        nets = recipe.controlnets if is_teacher else ()
         result = evaluate_model(name, domains, recipe, folder, nets)
         model = load(name, pick_device(recipe.run.device), nets).freeze()
-        say_if_blind(model, name)
+        say_if_blind(model, name, "--teacher and --controlnets")
         scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
         cost = {"latency_ms": latency_ms({name: one_forward(model)})[name]["median"], **result["cost"]}
         listened = caption_losses(model, domains["labelled"].heldout)

@@ -95,6 +95,8 @@ def export_model(
     if calibration_images is None:
         calibration_images = max(CALIBRATION_IMAGES, math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps))
     try:
+        if len(controls) > 1:
+            raise UserError(f"--controls names {len(controls)}; a model with one ControlNet is exported, name its one")
         side = model.resolution
         int8 = Int8.open(data or DATA, calibration_images, images, side, controls) if precision == "int8" else None
         graphs = graphs_of(model)
