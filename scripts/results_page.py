@@ -16,6 +16,8 @@ from refine_control.compare.plan import CompareRecipe, load
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
+from refine_control.recipe import DistilRecipe
+from refine_control.recipe import load as load_recipe
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = (
@@ -41,20 +43,20 @@ ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each oth
 PROTOCOL = (
     "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
     "to 8 million parameters, the steps and seeds that each table says. A row claims nothing on fewer than three "
-    "seeds; a map drawn by lot is one draw. The same grid at 64 px on a GPU has not been run.",
+    "seeds. The same grid at 64 px on a GPU has not been run.",
     "",
     "All rows of a table see the same batches, masks and noise and are drawn with the same sampler; student and steps "
     "are the same unless a row's name says otherwise, and wall time stands beside steps. What is scored shows concepts "
     "that no training picture shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by "
-    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it. How the rows learn was "
-    "chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`), the sampler's "
-    "steps on the scored ones, for all models alike; validation pictures say the same of two against ten "
-    "(`results/sampler-steps-val`).",
+    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it, but for the oldest. How the "
+    "rows learn was chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`). On "
+    "the scored ones were chosen the rate of the feed-forward rival (decision 33) and, for all models alike, the "
+    "sampler's steps; of two against ten validation pictures say the same (`results/sampler-steps-val`).",
 )
 CLIPPED = (
-    "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, and with gradients clipped, which takes most "
-    "from the rows of which the loss is largest. These tables are made anew, as are the embedded student and what is "
-    "measured with it, and the sampler's steps."
+    "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, which flatters the method against training "
+    "from scratch, and with gradients clipped, which takes most from the rows of which the loss is largest. It will be "
+    "made anew."
 )
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
@@ -83,13 +85,13 @@ def by_domain(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> list[str]:
+def written(path: str, commands: Sequence[str], pictures: Mapping[str, str], note: Sequence[str] = ()) -> list[str]:
     """A table in Markdown as a command wrote it, headings one level lower; pictures beside it: file -> text."""
     file = ROOT / "results" / path
     if not file.is_file():
         return []
     title, *rest = file.read_text(encoding="utf-8").splitlines()
-    lines = [f"#{title}", "", ", then ".join(f"`{command}`" for command in commands)]
+    lines = [f"#{title}", "", *note, ", then ".join(f"`{command}`" for command in commands)]
     lines += [*(f"#{line}" if line.startswith("#") else line for line in rest), ""]
     for name, text in pictures.items():
         if file.with_name(name).is_file():
@@ -104,7 +106,7 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
         "macs.png": "scores against the MACs of a picture",
         "wall_seconds.png": "scores against the time of training",
     }
-    lines = written(f"{name}/table.md", commands, plots)
+    lines = written(f"{name}/table.md", commands, plots, [CLIPPED, ""] if clipped(name) else [])
     if (ROOT / "results" / name / "report.html").is_file():
         lines += [f"Pictures and losses: [results/{name}/report.html](../results/{name}/report.html).", ""]
     return lines
@@ -130,6 +132,12 @@ def clipped(name: str) -> bool:
     return run is not None and float(run["recipe"]["stage1"]["max_grad_norm"]) < float("inf")
 
 
+def clipped_student() -> list[str]:
+    """What stands below a heading of what is measured with the embedded student, where that one learnt so."""
+    recipe = load_recipe(DistilRecipe, ROOT / "recipes/emoji-student.yaml")
+    return [CLIPPED, ""] if recipe.stage1.max_grad_norm < float("inf") else []
+
+
 @cache
 def recipe_of(name: str) -> CompareRecipe:
     """Of a comparison, by the folder of its results."""
@@ -153,7 +161,7 @@ def bias() -> list[str]:
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     """What `refine-control bench` measured."""
     how, on = measured["settings"], measured["machine"]
-    lines = [f"## {title}", "", f"`{measured['command']}`, of exports by", "", f"`{EXPORT}`", ""]
+    lines = [f"## {title}", "", *clipped_student(), f"`{measured['command']}`, of exports by", "", f"`{EXPORT}`", ""]
     lines.append(table_of_bench(measured, " | "))
     scored = measured["rows"][0].get("provenance")
     said = f"scores in the hole of {scored['n']} held-out pictures ({scored['extractor']})" if scored else "no scores"
@@ -211,28 +219,29 @@ def in_short() -> list[str]:
         for row in (row for row in SHORT[name] if row in rows):
             label, params = rows[row]["label"], rows[row]["params"]
             if params and row != "teacher":
-                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}"
+                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}{'*' * clipped(name)}"
             lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
         if not (claims := one["claims"]):
             continue
-        missed = dict.fromkeys(claim["against"] for claim in claims if not claim["holds"])
-        above = ", ".join(rows[row]["label"] for row in missed if row)
+        above, near = ([claim for claim in claims if bool(claim["against"]) is rival] for rival in (True, False))
+        missed = ", ".join({rows[claim["against"]]["label"]: 0 for claim in above if not claim["holds"]})
         smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
         held.append(
-            f"{sum(claim['holds'] for claim in claims)} of {len(claims)} for the student {smaller:.1f}x smaller with "
-            f"{forwards} forward(s), beside {len({claim['against'] for claim in claims} - {None})} rows"
-            + (f" (not above: {above})" if above else "")
+            f"For the student {smaller:.1f}x smaller of {forwards} forward(s){'*' * clipped(name)}: above other rows "
+            f"{_held(above)}{f' (not: {missed})' if missed else ''}, near the teacher {_held(near)}."
         )
     scored = first["extractors"][0]
     said = (
         f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
-        f"{scored['extractor']}; mean ± standard deviation over training seeds; forwards: of the denoiser, for a "
-        "picture; training steps and pictures are the same unless the row's name says otherwise. Of the claims in "
-        f"`docs/results.md` (above other rows, near the teacher, in each of two domains) hold {'; '.join(held)}."
+        f"{scored['extractor']}; mean ± standard deviation over training seeds; the scores: `docs/evaluate.md`. "
+        "Forwards: of the denoiser, for a picture. Training steps and pictures are the same unless the row's name "
+        "says otherwise. Of what the method claims in each of two domains (`docs/results.md`) this much holds."
     )
-    if any(map(clipped, measured)):
-        said += " These tables are being made anew: why, stands at the mark * of `docs/results.md`."
-    return [*lines, "", said]
+    return [*lines, "", " ".join([said, *held]), *(["", CLIPPED] if any(map(clipped, measured)) else [])]
+
+
+def _held(claims: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(claim['holds'] for claim in claims)} of {len(claims)}"
 
 
 def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str, forwards: int) -> str:
@@ -271,6 +280,7 @@ def page() -> str:
         lines += [
             "`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`",
             "",
+            *clipped_student(),
             f"One seed, no spread. {on_what(student)}",
             "",
         ]
@@ -291,6 +301,7 @@ def page() -> str:
         lines += [
             "## In the browser",
             "",
+            *clipped_student(),
             "`python benchmarks/page.py runs/edge/site`, its first lines say of what",
             "",
         ]

@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from refine_control.compare import plots
 from refine_control.compare.plan import TEACHER, CompareRecipe, base_recipe, load, runs
 from refine_control.compare.runs import Workshop
 from refine_control.compare.statistics import over_seeds
-from refine_control.compare.tables import HEADINGS, cell
+from refine_control.compare.tables import cell, heading
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, evaluate_model
 from refine_control.evaluate.metrics import arrow
@@ -82,13 +82,17 @@ def measure(
     return lines
 
 
-def markdown(lines: Lines, sentence: str) -> str:
-    """Scores in the hole, a table for each domain."""
+def markdown(lines: Lines, sentence: str, trained_on: Collection[str] = ()) -> str:
+    """Scores in the hole, a table for each domain. trained_on: the domains whose pictures were."""
     parts = ["# Quality against sampler steps", "", sentence, ""]
     for domain in _domains(lines):
         metrics = _metrics(lines, domain)
         arrows = [f"{m} {arrow(m)}" for m in metrics]
-        parts += [f"## {HEADINGS.get(domain, domain)}, in the hole", "", f"| | steps | {' | '.join(arrows)} | seeds |"]
+        parts += [
+            f"## {heading(domain, domain in trained_on)}, in the hole",
+            "",
+            f"| | steps | {' | '.join(arrows)} | seeds |",
+        ]
         parts.append("|---|" + "---:|" * (len(metrics) + 2))
         for name, by_steps in lines.items():
             for count, one in by_steps.items():
@@ -147,7 +151,7 @@ def main() -> None:
     shop = Workshop(base_recipe(plan, {}))
     models = named_models(args.model) if args.model else default_models(plan)
     lines = measure(models, args.steps, shop.base, shop.domains, args.work)
-    scored = [reference.provenance() for reference in next(iter(shop.domains.values())).references]
+    scored = next(iter(shop.domains.values())).provenance()
     result = {
         "command": shlex.join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         "commit": shop.commit, "machine": machine(), "extractors": scored, "models": models,
@@ -159,7 +163,7 @@ def main() -> None:
         f"for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
         f"code at {shop.commit or 'no commit'}."
     )
-    text = markdown(lines, sentence)
+    text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])
     write_whole(args.out / "table.md", text)
     plot(lines, args.out / "plot.png")
     print(text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from refine_control.errors import RecipeError
 from refine_control.files import write_whole
 from refine_control.plans import Config
-from refine_control.recipe import load, save
+from refine_control.recipe import RunConfig, load, save
 
 R = TypeVar("R", bound=Config)
 
@@ -22,6 +23,13 @@ def learnt(config: Config) -> dict[str, Any]:
     data = {"cache_gb", "cache_dir", "teacher_cache_gb", "skip_corrupt"}
     aside: dict[str, Any] = {"output_dir": True, "run": True, "sample": True, "evaluate": True, "data": data}
     return config.model_dump(mode="json", exclude=aside)
+
+
+def rounding(run: RunConfig) -> dict[str, Any]:
+    """What of the way it runs moves the trained weights by rounding; {} where nothing is set."""
+    plain = run.__class__()
+    keys = ("mixed_precision", "teacher_dtype", "use_8bit_adam")
+    return {key: getattr(run, key) for key in keys if getattr(run, key) != getattr(plain, key)}
 
 
 def claim(
@@ -58,10 +66,19 @@ def claim(
                     f"'{folder}' holds a run of another recipe ({key} {theirs.get(key)}, not {ours.get(key)}); "
                     "remove it or choose another output_dir (of a comparison: work_dir)"
                 )
+    elif path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith("format:"):
+        raise RecipeError(f"'{path}' would be written over, and is not as a run writes it; choose another output_dir")
     save(config, path)
     if contents:
         write_whole(kept, json.dumps(contents, indent=1))
     write_whole(told, json.dumps(settings or {}, indent=1))
+
+
+def known_commits(kind: type[R], folder: Path, names: Callable[[R], Iterable[str | None]]) -> dict[str, str]:
+    """name -> name@COMMIT, of the hub's models that the run in a folder began with."""
+    path = folder / "recipe.yaml"
+    begun = names(load(kind, path)) if path.is_file() else ()
+    return {name.partition("@")[0]: name for name in begun if name}
 
 
 def _hashed_otherwise(begun: Any) -> set[str]:

@@ -34,7 +34,7 @@ class DataConfig(Config):
     fit: Literal["crop", "pad"] = "crop"
     controls: tuple[ControlKind, ...] = ("inpaint",)  # what each ControlNet is shown, in the model's order
     variants: PositiveInt = 2  # versions of each picture: as it is, mirrored, then slightly zoomed and shifted
-    cache_gb: PositiveFloat = 2.0  # decoded pictures and latents are kept in memory up to this size
+    cache_gb: PositiveFloat = 2.0  # captioned pictures, plain ones, latents: each kept in memory up to this size
     cache_dir: str | None = None  # keep latents and text embeddings there, for later runs
     teacher_cache_gb: float = Field(0, ge=0)  # and what the teacher made of each step, up to this size
     skip_corrupt: bool = False

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from refine_control import recipe as recipes
 from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
-from refine_control.compare import sharing, speed
+from refine_control.compare import sharing, speed, tables
 from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
+from refine_control.evaluate.report import Row
 from refine_control.files import hold
 from refine_control.recipe import EvaluateConfig
 
@@ -152,7 +154,9 @@ def test_an_ablation_claims_nothing(
 
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
-    with pytest.raises(RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method or rival"):
+    with pytest.raises(
+        RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method, rival or precision"
+    ):
         comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
 
 
@@ -193,7 +197,7 @@ def test_devices_are_not_mixed_in_a_table(base: Path, whole: Path, tmp_path: Pat
     shutil.copytree(whole / "results", tmp_path / "results")
     path = tmp_path / "results/scratch/seed-1/run.json"
     other = json.loads(path.read_text())
-    other["machine"]["gpu"] = "some GPU"
+    other["machine"]["gpu"], other["device"] = "some GPU", "cuda"
     path.write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"runs are of different devices \(CPU, some GPU\)"):
         comparing.compare(plan_of(base, tmp_path), {})
@@ -301,14 +305,14 @@ def test_rows_of_other_data_share_the_teacher(base: Path) -> None:
     shop = running.Workshop(recipe)
     one = shop.distiller(recipe)
     fewer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"labelled_limit": 3})})
-    whole = one.contents()
+    whole = one.contents(recipe)
     other = shop.distiller(fewer)
     assert other.teacher is one.teacher
     assert other.encoder is not one.encoder, "which keeps what it made by the place of a picture"
     assert other.labelled.examples == 3
-    assert other.contents()["data.labelled"] != whole["data.labelled"]
+    assert other.contents(recipe)["data.labelled"] != whole["data.labelled"]
     assert one.labelled.examples == 5
-    assert one.contents() == whole
+    assert one.contents(recipe) == whole
     assert shop.distiller(fewer) is other
 
 
@@ -345,3 +349,40 @@ def test_rows_that_begin_alike_share_stage_1_and_end_as_if_they_had_not(base: Pa
     )
     assert [key for key in shared if not torch.equal(shared[key], alone[key])] == []
     assert running.trained_seconds(logs[2].parents[1])
+
+
+def test_pictures_that_were_trained_on_are_not_called_held_out(whole: Path) -> None:
+    for name in ("table.md", "report.html"):
+        text = (whole / "results" / name).read_text(encoding="utf-8")
+        assert "of the labelled domain, which were trained on" in text
+        assert "Held-out" not in text
+    assert "pictures scored: 4 of " in (whole / "results/table.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_1_of_another_precision_is_another(base: Path) -> None:
+    recipe = recipes.load(recipes.DistilRecipe, base)
+    for change in ({"mixed_precision": "bf16"}, {"teacher_dtype": "fp16"}, {"use_8bit_adam": True}):
+        other = recipe.model_copy(update={"run": recipe.run.model_copy(update=change)})
+        assert sharing.beginning(other, {}, {}) != sharing.beginning(recipe, {}, {})
+    slower = recipe.model_copy(update={"run": recipe.run.model_copy(update={"num_threads": 2, "compile": True})})
+    assert sharing.beginning(slower, {}, {}) == sharing.beginning(recipe, {}, {})
+
+
+def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    file = tmp_path / ".venv/refine_control/compare/runs.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(running, "__file__", str(file))
+    assert running._commit() == ""
+
+
+def test_a_label_may_hold_what_parts_cells() -> None:
+    scored = {"labelled": {"psnr": {"hole": 1.0}}}
+    row = Row("a", "L1|L2", scored, None, None, None, None, None, {}, {"labelled": {"psnr": {"hole": None}}})
+    assert tables._scores([row], "labelled", {"a": {0: {}}})[-1] == r"| L1\|L2 | 1 | 1 |"

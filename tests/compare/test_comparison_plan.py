@@ -94,7 +94,7 @@ def test_what_rows_are_scored_on_is_the_comparisons(base: Path) -> None:
     plan, _ = load(tiny.write_comparison(base, set=common), {})
     for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
         assert (recipe.data.controls, recipe.data.fit, recipe.masks.thin) == (("edges",), "pad", 0)
-    for key in ("data.controls", "data.resolution", "data", "evaluate.split", "evaluate"):
+    for key in ("data.controls", "data.resolution", "data", "evaluate.split", "evaluate", "sample.seed", "masks.box"):
         told = refused(tiny.write_comparison(base, {"a": {"set": {key: 1}}}, ours="a"))
         assert f"all rows are scored alike; set '{key}'" in told
     for key in ("seed", "output_dir"):
@@ -180,7 +180,9 @@ def test_the_recipe_needs_a_row(base: Path) -> None:
     assert "one row or more" in refused(tiny.write_comparison(base, rows={}))
 
 
-def test_held_out_pictures_are_the_bases_whatever_rows_learn_from(base: Path) -> None:
-    plan, rest = load(tiny.write_comparison(base, {"a": {}}, set={"data.unlabelled": ["x", "y"]}), {})
-    assert base_recipe(plan, rest).data.unlabelled is None
+def test_held_out_plain_pictures_are_the_bases_whatever_rows_learn_from(base: Path) -> None:
+    learnt = {"data.unlabelled": ["x", "y"], "data.labelled": "z"}
+    plan, rest = load(tiny.write_comparison(base, {"a": {}}, ours="a", set=learnt), {})
+    assert base_recipe(plan, rest).data.unlabelled is None, "plain pictures may be of any kind"
+    assert base_recipe(plan, rest).data.labelled == "z", "captioned ones of another kind are another comparison"
     assert runs(plan, rest)[0].recipe.data.unlabelled == ("x", "y")

@@ -115,3 +115,19 @@ def test_a_teacher_that_classical_inpainting_beats_is_named() -> None:
     assert gate_failures(table) == ["fid[x] against fast"]
     assert gate_failures({"telea": results([1], [1], rival="telea")}) is None
     assert gate_failures({"teacher": table["teacher"]}) is None, "nothing beside it"
+
+
+def test_the_spread_of_a_share_is_of_both_ends_seed_by_seed() -> None:
+    table = {
+        "teacher": results([20], [100], is_trained=False),
+        "scratch": results([10, 10.2, 10.1], [300, 320, 310]),
+        "refine-control": results([19, 19.1, 19.3], [200, 210, 205]),
+    }
+    (found,) = (claim for claim in claims("refine-control", table) if "half of the way" in claim.text)
+    assert found.figures == "50.0 % ± 0.0; in 3 of 3 seeds", "each is half-way from its own scratch"
+
+
+def test_rows_that_come_out_alike_have_no_p() -> None:
+    found = duel(results([1, 2, 3]), results([1, 2, 3]), "labelled", "psnr")
+    assert found is not None
+    assert found["p_seeds"] is None

@@ -280,3 +280,14 @@ def test_a_fraction_that_the_data_cannot_give() -> None:
         loader(4, 0.5, unlabelled=None)
     assert isinstance(loader(4, 1.0, unlabelled=None), Loader)
     assert isinstance(loader(4, 0.0, labelled=None), Loader)
+
+
+def test_all_that_is_kept_of_a_picture_counts() -> None:
+    """Its mask and its control too: 7 bytes a pixel."""
+    one = 7 * DATA.resolution**2 / 2**30
+    pictures, reads = with_versions(3, 1, cache_gb=2.5 * one)
+    reads.rows = [replace(row, mask=np.ones((SIDE, SIDE), np.uint8), control=row.image) for row in reads.rows]
+    for _ in range(2):
+        for number in range(3):
+            assert pictures[number].control is not None
+    assert reads.reads == [1, 1, 2]

@@ -96,7 +96,6 @@ def test_other_image_kinds_txt_and_unknown_members(tmp_path: Path) -> None:
         ([("b.png", PNG), special("a.png", tarfile.LNKTYPE, "b.png")], "'a.png' is not a regular file"),
         ([special("dev.png", tarfile.CHRTYPE)], "'dev.png' is not a regular file"),
         ([special("pipe.png", tarfile.FIFOTYPE)], "not a regular file"),
-        ([special("folder", tarfile.DIRTYPE)], "'folder' is not a regular file"),
         ([("a.png", PNG), ("a.png", PNG)], "'a.png' comes twice"),
         ([("a.png", PNG), ("._a.png", b"made by a Mac")], r"'\._a\.png' has no key"),
         ([("a/.png", PNG)], "'a/.png' has no key"),
@@ -240,3 +239,9 @@ def test_writing_refuses_doubles_nothing_and_old_shards(tmp_path: Path) -> None:
     write_shards([example("a")], tmp_path, "t")
     with pytest.raises(DataError, match="already there"):
         write_shards([example("b")], tmp_path, "t")
+
+
+def test_folders_that_tar_itself_writes_are_passed_over(tmp_path: Path) -> None:
+    members = [special(".", tarfile.DIRTYPE), special("sub", tarfile.DIRTYPE), ("sub/a.png", PNG)]
+    shard = tar(tmp_path / "train-0.tar", *members)
+    assert ShardDataset([shard]).keys() == ["sub/a"]

@@ -186,3 +186,11 @@ def test_a_damaged_step_is_computed_again(tmp_path: Path) -> None:
     assert not path.exists()
     path.mkdir()
     assert steps.get("7", ["output"]) is None, "nor is what is no file read"
+
+
+def test_processes_share_the_limit(tmp_path: Path) -> None:
+    array = {"output": np.zeros(25_000, np.float32)}  # 100 kB
+    both = [Steps(tmp_path, "teacher", KEY, 450_000 / 2**30, parts=2) for _ in range(2)]
+    for number in range(8):
+        both[number % 2].put(str(number), array)
+    assert sum(both[0].get(str(number), ["output"]) is not None for number in range(8)) == 4

@@ -12,6 +12,7 @@ from torch import nn
 
 from refine_control.data.loader import UNLABELLED, Pictures
 from refine_control.data.source import open_dataset, open_usable
+from refine_control.diffusion import cache as caching
 from refine_control.diffusion.cache import EncoderCache, digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model
@@ -118,3 +119,14 @@ def test_what_decides_the_text_makes_it_anew(folders: dict[str, Path]) -> None:
     with counted(model) as runs:
         cached(model, folders)
     assert runs.count("text") > 1
+
+
+def test_large_pictures_are_encoded_few_at_a_time(
+    teacher: Model, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = cached(teacher, folders)
+    monkeypatch.setattr(caching, "PIXELS", DATA.resolution**2)
+    with counted(teacher) as runs:
+        alone = cached(teacher, folders | {"cache": folders["cache"].with_name("other")})
+    assert runs.count("vae") == 2 * (5 + 4)
+    torch.testing.assert_close(alone.latents([0, 3]), together.latents([0, 3]), rtol=0, atol=1e-5)

@@ -7,7 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from refine_control.diffusion import hub
 from refine_control.diffusion.store import load, pin, resolve
@@ -177,6 +182,17 @@ def test_what_the_hub_does_not_have(fake: FakeHub) -> None:
     assert "it has no model_index.json" in refused("org/net")
     assert "it has no config.json" in refused("org/model", ("org/model",))
     assert not fake.cache.exists() or not fake.here("org/net")
+
+
+def test_a_model_behind_terms_is_listed_and_cannot_be_downloaded(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(repo: str, **_: object) -> str:
+        raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match="accept the model's terms on its page and run `hf auth login`"):
+        resolve("org/model")
 
 
 def test_weights_in_pickles_alone_are_refused_before_anything_is_brought_here(fake: FakeHub) -> None:

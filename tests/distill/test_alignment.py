@@ -198,3 +198,11 @@ def test_norms_are_kept_with_the_bridges_and_learn_nothing() -> None:
     feature = some_features()[0]
     assert torch.equal(fresh.targets({POINT: feature})[POINT], bridges.targets({POINT: feature})[POINT])
     assert all(name.startswith("projections") for name, _ in bridges.named_parameters())
+
+
+def test_half_precision_meets_another_resolution() -> None:
+    """On a CPU too, where no half-precision kernel resizes with antialiasing."""
+    point = "foundation.down_blocks.1"
+    bridges = Bridges({point: "foundation.up_blocks.1"}, {point: (8, 4, 4)}, TEACHER)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bridges({point: torch.randn(2, 8, 4, 4)})[point].shape == (2, 48, 32, 32)

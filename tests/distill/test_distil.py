@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from refine_control import recipe as recipes
 from refine_control.data.loader import Loader
+from refine_control.diffusion.model import Model
 from refine_control.diffusion.store import load
 from refine_control.distill import checkpoint
 from refine_control.distill.distil import Distiller, distil
@@ -76,6 +78,10 @@ def test_a_student_of_one_step_says_so(recipe: DistilRecipe, tmp_path: Path) -> 
     taught = into(recipe, tmp_path / "taught", teacher=str(student))
     with pytest.raises(RecipeError, match=r"has learnt the timesteps of 1 step\(s\) alone; set stage1\.num_inference"):
         distil(taught)
+    alone = {"stage1": stage(1, (1, 0, 0)), "stage2": stage(0)}
+    assert (
+        distil(into(taught, tmp_path / "alone", init="random", **alone)).parent / "stage1/preview-000001.png"
+    ).is_file()
 
 
 def test_what_the_teacher_made_of_few_timesteps_is_kept_apart(recipe: DistilRecipe, tmp_path: Path) -> None:
@@ -289,3 +295,31 @@ def test_what_decides_the_teachers_outputs_decides_where_they_are_kept(
     else:
         run = run.model_copy(update={"mixed_precision": "bf16"})
     assert place() != before
+
+
+def test_the_teacher_is_half_before_it_is_moved(recipe: DistilRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.dtype] = []
+    monkeypatch.setattr(Model, "to", lambda model, device: moved.append(model.denoiser.foundation.dtype) or model)
+    Distiller(recipe.teacher, recipe.data, RUN.model_copy(update={"teacher_dtype": "bf16"}))
+    assert moved[-1] == torch.bfloat16
+
+
+def test_two_half_types_on_a_cpu_are_refused(recipe: DistilRecipe) -> None:
+    with pytest.raises(RecipeError, match="on a CPU give one type"):
+        Distiller(
+            recipe.teacher, recipe.data, RUN.model_copy(update={"teacher_dtype": "fp16", "mixed_precision": "bf16"})
+        )
+
+
+def test_norms_are_measured_on_the_first_stage_that_is_run(recipe: DistilRecipe, tmp_path: Path) -> None:
+    run = RUN.model_copy(update={"gradient_accumulation_steps": 4})
+    skipped = {"stage1": stage(0, batch_size=2), "stage2": stage(1, batch_size=4)}
+    assert distil(into(recipe, tmp_path / "run", run=run, **skipped)).is_dir()
+
+
+def test_a_recipe_that_lies_in_the_output_folder_is_not_written_over(recipe: DistilRecipe, tmp_path: Path) -> None:
+    mine = "# mine\n" + yaml.safe_dump(recipe.model_dump(mode="json"))
+    (tmp_path / "recipe.yaml").write_text(mine)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml' would be written over, and is not as a run writes it"):
+        distil(into(recipe, tmp_path))
+    assert (tmp_path / "recipe.yaml").read_text() == mine

@@ -70,7 +70,7 @@ def test_eight_bit_moments_take_a_quarter_of_the_memory_and_step_alike() -> None
 
 def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(RecipeError, match=r"needs bitsandbytes: pip install 'refine-control\[8bit\]'"):
+    with pytest.raises(RecipeError, match=r"needs bitsandbytes: pip install -e '\.\[8bit\]'"):
         build_optimizer([nn.Parameter(torch.zeros(1))], stage(), EIGHT)
 
 

@@ -1,18 +1,23 @@
 """Distillation from teachers as users have them: any family, with and without a module, pinned when it is the hub's."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from refine_control import recipe as recipes
-from refine_control.diffusion import hub
+from refine_control.diffusion import hub, store
+from refine_control.diffusion.noise import NoiseSchedule, sampler_at
 from refine_control.diffusion.store import load
 from refine_control.distill.distil import Distiller, distil
 from refine_control.errors import RecipeError
+from refine_control.plans import StudentName
 from refine_control.recipe import DistilRecipe, SampleConfig
+from refine_control.student.plan import build_student
 from tiny import DATA, RUN, STUDENT, stage, write_folder
 from tiny_sd import NAMES, save_pipeline, tiny_controlnet, tiny_unet
 
@@ -78,3 +83,33 @@ def test_a_run_keeps_the_commits_of_what_it_took_from_the_hub(tmp_path: Path, mo
     monkeypatch.setattr(f"{__name__}.COMMIT", "1" * 40)  # the hub's main moves on; the run does not
     distil(recipe.model_copy(update={"controlnets": ("org/net",)}))
     assert recipes.load(DistilRecipe, tmp_path / "run" / "recipe.yaml") == saved
+
+
+def test_few_steps_begin_at_pure_noise_whatever_the_teachers_scheduler(tmp_path: Path) -> None:
+    """Stable Diffusion's own scheduler puts its one step at t = 1."""
+    teacher = save_pipeline(tmp_path / "teacher", "sd", 1)
+    scheduler = load(str(teacher)).scheduler
+    assert NoiseSchedule.of_stage(scheduler, stage(num_inference_steps=1)).timesteps.tolist() == [999]
+    assert NoiseSchedule.of_stage(scheduler, stage(num_inference_steps=4)).timesteps.tolist() == [249, 499, 749, 999]
+    one = recipe_for(tmp_path, str(teacher)).model_copy(update={"stage1": stage(1, num_inference_steps=1)})
+    distiller = Distiller(one.teacher, one.data, one.run)
+    assert distiller.contents(one)["timesteps"] == "trailing", "a run of before is another"
+    assert "timesteps" not in distiller.contents(recipe_for(tmp_path / "all", str(teacher)))
+    student = load(str(distil(one)))
+    assert sampler_at(student.scheduler, 1).timesteps.tolist() == [999]
+
+
+def test_every_named_student_of_a_deep_teacher_is_read_again(tmp_path: Path) -> None:
+    """Of SDXL's depth: three levels, of 1, 2 and 10 transformer layers."""
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    three = {"block_out_channels": (8, 16, 16), "transformer_layers_per_block": (1, 2, 10), "layers_per_block": 2}
+    unet = tiny_unet("sdxl", **blocks, **three, attention_head_dim=(2, 4, 4))
+    net = tiny_controlnet(unet, conditioning_embedding_out_channels=(4, 8))
+    teacher = load(str(save_pipeline(tmp_path / "teacher", "sdxl", 1, unet=unet, controlnet=net)))
+    for name in get_args(StudentName):
+        student = replace(teacher, denoiser=build_student(name, teacher))
+        store.save(student, tmp_path / name)
+        assert load(str(tmp_path / name)).denoiser.nets

@@ -15,12 +15,11 @@ from refine_control.distill.teacher import (
     Reconstruction,
     TeacherTask,
     _fresh_or_loaded,
-    _known_commit,
     open_pictures,
     open_shown,
     train_teacher,
 )
-from refine_control.errors import DataError, RecipeError
+from refine_control.errors import DataError, ModelError, RecipeError
 from refine_control.recipe import NoiseConfig, SampleConfig, TeacherRecipe, save
 from tiny import AUTOENCODER, DATA, RUN, TEACHER, TEXT, batch, stage, tiny_model, write_folder
 
@@ -159,11 +158,16 @@ def test_it_is_trained_on_the_cpu_where_accelerate_would_choose_another(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_commit_that_a_run_began_with_is_kept(recipe: TeacherRecipe, tmp_path: Path) -> None:
-    assert _known_commit("org/model", tmp_path) == "org/model"
+def test_the_commit_that_a_run_began_with_is_kept(
+    recipe: TeacherRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(recipe.model_copy(update={"init_from": "org/model@abc"}), tmp_path / "recipe.yaml")
-    assert _known_commit("org/model", tmp_path) == "org/model@abc"
-    assert _known_commit("org/other", tmp_path) == "org/other"
+    asked: list[str] = []
+    monkeypatch.setattr(store, "pin", lambda name: asked.append(name) or "zoo:none")
+    for name in ("org/model", "org/other"):
+        with pytest.raises(ModelError):
+            train_teacher(recipe.model_copy(update={"init_from": name, "output_dir": str(tmp_path)}))
+    assert asked == ["org/model@abc", "org/other"]
 
 
 def test_a_teacher_learns_by_the_task_alone(recipe: TeacherRecipe) -> None:

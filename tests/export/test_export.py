@@ -17,12 +17,12 @@ from PIL import Image
 
 from refine_control.diffusion import store
 from refine_control.diffusion.sample import fill
-from refine_control.errors import DataError, ModelError, UserError
+from refine_control.errors import DataError, ModelError, RecipeError, UserError
 from refine_control.export import onnx, parity
 from refine_control.export.export import _describe, export_model, summary, title_of
 from refine_control.recipe import SampleConfig
 from refine_control.runtime import MANIFEST, ExportError, Student
-from tiny import SIDE, plan, tiny_denoiser, tiny_model
+from tiny import SIDE, plan, tiny_denoiser, tiny_model, write_folder
 from tiny_sd import tiny_pipeline
 
 Exported = Callable[[str, str], Path]
@@ -228,7 +228,7 @@ def test_without_a_number_calibration_has_as_many_pictures_as_make_its_calls(
 
     class StopError(Exception): ...
 
-    def opened(folder: str, split: str, images: int, resolution: int) -> None:
+    def opened(folder: str, split: str, images: int, *_: object) -> None:
         asked.append((split, images))
         raise StopError
 
@@ -437,3 +437,28 @@ def test_nothing_of_this_machine_stands_in_the_graphs(exported: Exported) -> Non
 def test_quantising_reports_to_nobody(exported: Exported) -> None:
     exported("openvino", "int8")
     assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+
+
+def test_a_corrupt_picture_is_left_out_of_those_to_calibrate_on(pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    first = sorted(folder.rglob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:60])
+    whole, lacking = (parity.open_heldout(str(each), "train", 99, SIDE).batch for each in (pictures, folder))
+    assert len(lacking) == len(whole) - 1
+
+
+def test_one_picture_is_too_few_to_score_on(tmp_path: Path) -> None:
+    folder = str(write_folder(tmp_path / "one", 1))
+    with pytest.raises(DataError, match="has one picture that can be used"):
+        parity.open_heldout(folder, "test", 4, SIDE)
+
+
+def test_pictures_are_shown_as_the_models_controlnets_are_used_to(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edges = parity.open_heldout(str(pictures), "test", 4, SIDE, ["edges"]).batch
+    assert edges.control.min() == 0, "no hole"
+    assert edges.mask.all()
+    assert "were trained on" in capsys.readouterr().err, "the folder is not split"
+    with pytest.raises(RecipeError, match=r"'controls\.0' = 'holes'"):
+        parity.open_heldout(str(pictures), "test", 4, SIDE, ["holes"])

@@ -38,6 +38,9 @@ from refine_control.errors import UserError
             help="of the split train, for int8; without, enough for 240 steps of the sampler",
         ),
         flag("--images", default="192", help="of the split test, to see int8's effect on; 0 leaves it unmeasured"),
+        flag(
+            "--controls", default="inpaint", help="for int8, what its ControlNet is shown: inpaint, edges, grey, file"
+        ),
     ],
 )
 def _export(args: argparse.Namespace) -> None:
@@ -48,8 +51,9 @@ def _export(args: argparse.Namespace) -> None:
     calibration = None if given is None else whole_number(given, "--calibration_images", 1)
     images = whole_number(args.images, "--images")
     manifest = export_model(
-        args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name, calibration, images
-    )
+        args.model, args.to, args.precision, args.out, args.data, args.controlnet, args.name, calibration, images,
+        args.controls.split(","),
+    )  # fmt: skip
     print(summary(manifest))
     if args.to == "web":
         print(f"refine-control serve {args.out}  opens the page")
@@ -69,6 +73,9 @@ def _export(args: argparse.Namespace) -> None:
         flag("--num_threads", help="of each model; the cores there are, without"),
         flag("--data", default="data/emoji", help="pictures to score on (split test); 'none' scores nothing"),
         flag("--images", default="192", help="how many of them"),
+        flag(
+            "--controls", default="inpaint", help="for the scores, one for each ControlNet: inpaint, edges, grey, file"
+        ),
         flag("--output_dir", type=Path, default=Path("runs/bench"), help="gets bench.json, bench.md and bench.png"),
     ],
 )
@@ -80,6 +87,7 @@ def _bench(args: argparse.Namespace) -> None:
     given = {name: plain(getattr(args, name)) for name in ("guidance_scale", "repeats", "images")}
     given["num_inference_steps"] = [plain(steps) for steps in args.num_inference_steps.split(",")]
     given["num_threads"] = None if args.num_threads is None else plain(args.num_threads)
+    given["controls"] = args.controls.split(",")
     given["data"] = None if args.data == "none" else args.data
     config = recipe.validate(BenchConfig, given, "command line")
     print(f"\n{bench(args.models, config, args.output_dir)}\n\nfigures: {args.output_dir}/bench.json")
@@ -105,4 +113,4 @@ def _serve(args: argparse.Namespace) -> None:
 def _need_engines() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf") if find_spec(name) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)} is not installed; pip install 'refine-control[edge]'")
+        raise UserError(f"{', '.join(missing)} is not installed; pip install -e '.[edge]' in the clone")

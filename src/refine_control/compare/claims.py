@@ -82,20 +82,21 @@ def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metric
     found = []
     for metric in metrics:
         mine, teacher = means[ours][metric]["hole"], means["teacher"][metric]["hole"]
-        seeds = [value(result, domain, metric, "hole") for result in results[ours].values()]
+        seeds = {seed: value(result, domain, metric, "hole") for seed, result in results[ours].items()}
         if sign(metric) > 0:
             text = f"{domain}: {LEAST_SHARE:.0%} of the teacher's {metric}"
-            found.append(_share(text, mine / teacher, [one / teacher for one in seeds], LEAST_SHARE))
+            found.append(_share(text, mine / teacher, [one / teacher for one in seeds.values()], LEAST_SHARE))
         elif "scratch" in means:
-            scratch = means["scratch"][metric]["hole"]
+            began = {seed: value(result, domain, metric, "hole") for seed, result in results["scratch"].items()}
             text = f"{domain}: {metric} at least half of the way from scratch to the teacher"
-            ways = [closed(teacher, scratch, one) for one in seeds]
-            found.append(_share(text, closed(teacher, scratch, mine), ways, LEAST_CLOSED))
+            ways = [closed(teacher, began[seed], one) for seed, one in seeds.items() if seed in began]
+            found.append(_share(text, closed(teacher, means["scratch"][metric]["hole"], mine), ways, LEAST_CLOSED))
     return found
 
 
 def _share(text: str, held: float, shares: list[float], least: float) -> Claim:
-    """held: the share of the mean score, which decides. shares: of the score of each seed."""
+    """held: the share of the mean scores, which decides. shares: seed by seed, scratch too."""
     reach = sum(one >= least for one in shares)
-    figures = f"{100 * held:.1f} % ± {100 * statistics.stdev(shares):.1f}; in {reach} of {len(shares)} seeds"
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    figures = f"{100 * held:.1f} %{spread}; in {reach} of {len(shares)} seeds"
     return Claim(text, held >= least, figures)

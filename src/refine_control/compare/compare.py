@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from refine_control.compare.claims import CLASSICAL
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
 from refine_control.compare.runs import Workshop, finish, result_of
 from refine_control.compare.sharing import finished, planned_beginning
@@ -16,6 +17,7 @@ from refine_control.distill.checkpoint import step_of
 from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import refuse_processes
 from refine_control.errors import BusyError, RecipeError
+from refine_control.evaluate.domains import check_fillable
 
 
 def compare(
@@ -33,6 +35,8 @@ def compare(
     refuse_processes("compare")
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = [run for run in _planned(plan, overrides, shop) if not finished_only or result_of(run) is not None]
+    if any(run.rival in CLASSICAL for run in todo):
+        check_fillable(shop.domains)
     elsewhere = 0
     for run in todo:
         try:

@@ -15,10 +15,22 @@ from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
 TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
-SCORED = ("evaluate", "data.controls", "data.fit", "data.resolution")  # likewise: what the rows are scored on
+SCORED = (
+    "evaluate",
+    "sample",
+    "masks",
+    "data.controls",
+    "data.fit",
+    "data.resolution",
+)  # likewise: of scores
 OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
 LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
-SHARED = (*TEACHES, *SCORED, "sample", "masks")  # if a comparison sets them, its teacher is drawn and scored so too
+SHARED = (
+    *TEACHES,
+    *SCORED,
+    "data.labelled",
+    "data.skip_corrupt",
+)  # if a comparison sets them, its teacher is drawn and scored so too
 
 
 def _is_of(key: str, sections: Sequence[str]) -> bool:

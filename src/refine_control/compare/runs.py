@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refine_control import __version__
-from refine_control.claim import learnt
+from refine_control.claim import learnt, rounding
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
 from refine_control.compare.sharing import share_stage1
 from refine_control.distill.distil import OURS, Distiller
 from refine_control.distill.loop import train
+from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -80,7 +81,7 @@ class Workshop:
 
 
 def _commit() -> str:
-    """Of the code, with '+' behind it where that was changed since; '' outside a clone."""
+    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
     source = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
@@ -89,6 +90,7 @@ def _commit() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "compare/runs.py")  # not that of one in which an environment lies
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -114,19 +116,20 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         distiller, rival = shop.distiller(run.recipe), shop.rival(run)
         recipe = distiller.pinned(run.recipe)
         method = Method(rival.losses, rival.digest) if rival and rival.losses else OURS
-        made_by = {**distiller.contents(method), **({"method": rival.digest} if rival else {})}
+        made_by = {**distiller.contents(recipe, method), **({"method": rival.digest} if rival else {})}
         identity = digest_of(recipe if shop.is_trained(run) else None, recipe, distiller, made_by, shop.domains)
         kept = result_of(run)
         if kept is not None:
             if kept["identity"] != identity:
                 raise RecipeError(
-                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method or rival; "
-                    "remove it, or choose another output_dir"
+                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method, rival or "
+                    "precision; remove it, or choose another output_dir"
                 )
             return kept
         result = {
             "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
-            "machine": machine(), "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
+            "machine": machine(), "device": pick_device(recipe.run.device).type,
+            "rival": run.rival, "is_trained": shop.is_trained(run), "contents": made_by,
             "recipe": _finite(recipe.model_dump(mode="json")),
             **_scored(run, recipe, distiller, rival, method, shop.domains),
             "trained_seconds": trained_seconds(run.work),
@@ -146,7 +149,7 @@ def digest_of(
     """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
     scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
-    learning = [VERSION, learnt(trained)] if trained else None
+    learning = [VERSION, learnt(trained), *filter(None, [rounding(trained.run)])] if trained else None
     decides = [learning, made_by, distiller.settings(), scored]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -161,7 +164,8 @@ def _scored(
 ) -> dict[str, Any]:
     """{"cost", "settings", "domains"} of a run, after what training it takes."""
     if run.row == TEACHER:
-        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets)
+        steps = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
+        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets, steps)
     if rival and rival.fill:
         return _scored_pictures(rival.fill, domains, run)
     if rival and rival.network:
@@ -185,9 +189,14 @@ def trained_seconds(folder: Path) -> float | None:
 
 
 def _scored_model(
-    name: str, domains: dict[str, Domain], recipe: DistilRecipe, run: Run, controlnets: Sequence[str] = ()
+    name: str,
+    domains: dict[str, Domain],
+    recipe: DistilRecipe,
+    run: Run,
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    result = evaluate_model(name, domains, recipe, run.work, controlnets)
+    result = evaluate_model(name, domains, recipe, run.work, controlnets, steps)
     _keep_pictures(run, drawn(run.work))
     return {"cost": result["cost"], "settings": result["settings"], "domains": result["domains"]}
 
@@ -217,8 +226,10 @@ def _trained_network(
     @torch.no_grad()
     def fill(images: Tensor, masks: Tensor) -> Tensor:
         device = distiller.teacher.device
-        painted = network.paint((images * 2 - 1).to(device), masks.to(device)).cpu().clamp(-1, 1)
-        return torch.where(masks.bool(), (painted + 1) / 2, images)
+        size = recipe.sample.batch_size
+        parts = zip((images * 2 - 1).split(size), masks.split(size), strict=True)
+        painted = torch.cat([network.paint(image.to(device), mask.to(device)).cpu() for image, mask in parts])
+        return torch.where(masks.bool(), (painted.clamp(-1, 1) + 1) / 2, images)
 
     return _scored_pictures(fill, domains, run, network_cost(network, recipe.data.resolution))
 
@@ -275,17 +286,17 @@ def pictures_of(run: Run, domains: dict[str, Domain]) -> dict[str, Tensor]:
 
 def _finite(value: Any) -> Any:
     """A recipe's plain data with infinities as text, which JSON can hold and a recipe takes."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list) else value
+    return _with_floats(value, lambda number: number if math.isfinite(number) else str(number))
 
 
 def _rounded(value: Any) -> Any:
     """Six digits are more than any score has; all of them would be most of the file."""
+    return _with_floats(value, lambda number: float(f"{number:.6g}"))
+
+
+def _with_floats(value: Any, made: Callable[[float], Any]) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return made(value)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _with_floats(one, made) for key, one in value.items()}
+    return [_with_floats(one, made) for one in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from refine_control.claim import learnt
+from refine_control.claim import learnt, rounding
 from refine_control.distill.distil import Distiller
 from refine_control.distill.stages import Method
 from refine_control.errors import BusyError
@@ -21,7 +21,7 @@ def share_stage1(recipe: DistilRecipe, folder: Path, method: Method, distiller: 
     """Copies the finished stage 1 of another row, ROW/seed-N beside ours, that began as this one does."""
     if not recipe.stage1.steps or (folder / "stage1").exists():
         return
-    ours = beginning(recipe, distiller.contents(method), distiller.settings())
+    ours = beginning(recipe, distiller.contents(recipe, method), distiller.settings())
     for begun, theirs, contents in finished(folder.parent.parent):
         settings = json.loads((begun / "settings.json").read_text())
         if begun == folder or beginning(theirs, contents, settings) != ours:
@@ -46,7 +46,7 @@ def finished(work: Path) -> Iterator[tuple[Path, DistilRecipe, dict[str, str]]]:
 
 def beginning(recipe: DistilRecipe, contents: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """All that decides stage 1: not stage 2, nor the plain pictures where stage 1 takes none of them."""
-    learns = {key: value for key, value in learnt(recipe).items() if key != "stage2"}
+    learns = {key: value for key, value in learnt(recipe).items() if key != "stage2"} | rounding(recipe.run)
     if recipe.stage1.labelled_fraction == 1:
         learns["data"] = {key: value for key, value in learns["data"].items() if key != "unlabelled"}
         contents = {key: value for key, value in contents.items() if key != "data.unlabelled"}

@@ -50,7 +50,7 @@ def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str =
         return None
     scores = [(value(a, domain, metric, region), value(b, domain, metric, region)) for a, b in pairs]
     gains = [sign(metric) * (a - b) for a, b in scores]
-    tested = one["is_trained"] and len(pairs) > 2
+    tested = one["is_trained"] and len(pairs) > 2 and any(gains)
     return {
         "mean": statistics.mean(gains),
         "sd": statistics.stdev(gains) if len(gains) > 1 else None,

@@ -13,13 +13,13 @@ from refine_control.compare.plots import plot, plot_rows
 from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
 from refine_control.compare.speed import minutes
 from refine_control.compare.statistics import Results, over_seeds
-from refine_control.compare.tables import markdown
+from refine_control.compare.tables import heading, markdown
+from refine_control.data.source import paths_of
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain
 from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
 from refine_control.files import write_whole
 
-DOMAIN_LABELS = {"labelled": "Held-out concepts of the labelled domain", "unlabelled": "Held-out plain images"}
 PLOTS = {
     "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's.",
     "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds.",
@@ -43,7 +43,7 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     found = claims(plan.ours, results) if plan.proof else []
     failed = gate_failures(results)
     title = plan.title + (f" [the teacher fails its gate: {', '.join(failed)}]" if failed else "")
-    provenance = {**_provenance(plan, results, times), "gate_failures": failed}
+    provenance = {**_provenance(results, times), "scored": _scored_on(shop), "gate_failures": failed}
     table = {
         "title": title, "ours": plan.ours, **provenance, "claims": [claim._asdict() for claim in found],
         "rows": {row.name: _figures(row, results[row.name]) for row in rows},
@@ -60,9 +60,14 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
 
 
 def _refuse_mixed_devices(results: Mapping[str, Results]) -> None:
-    devices = {result["machine"]["gpu"] or "CPU" for some in results.values() for result in some.values()}
+    devices = {_device_of(result) for some in results.values() for result in some.values()}
     if len(devices) > 1:
         raise UserError(f"the runs are of different devices ({', '.join(sorted(devices))}); give each an output_dir")
+
+
+def _device_of(result: Mapping[str, Any]) -> str:
+    gpu, used = result["machine"]["gpu"], result.get("device")  # the latter is not in results of earlier versions
+    return gpu if gpu and used != "cpu" else (used or "cpu").upper()
 
 
 def _macs_of_a_picture(row: Row, run: Run, shop: Workshop) -> float | None:
@@ -100,7 +105,19 @@ def _figures(row: Row, results: Results) -> dict[str, Any]:
             "made_by": made_by}  # fmt: skip
 
 
-def _provenance(plan: CompareRecipe, results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
+def _scored_on(shop: Workshop) -> dict[str, dict[str, Any]]:
+    """domain -> {"n": pictures, "data": what they are of, "trained_on"}."""
+    return {
+        name: {
+            "n": len(domain.heldout.true),
+            "data": ", ".join(map(str, paths_of(getattr(shop.base.data, name)))),
+            "trained_on": domain.trained_on,
+        }
+        for name, domain in shop.domains.items()
+    }
+
+
+def _provenance(results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
     """What made the scores: extractors, samplers (steps, guidance), machines and commits of all runs, seeds."""
     every = [result for some in results.values() for result in some.values()]
     scored = next(iter(every[0]["domains"].values()))["provenance"]
@@ -131,13 +148,14 @@ def _page(
     chosen = {name: shown_of(len(domain.heldout.true)) for name, domain in domains.items()}
     curves = {name: logs for name, run in first.items() if (logs := _curves(run))}
     counts = sorted({len(some) for name, some in results.items() if name != TEACHER})
-    teacher, student = ({row.name: row for row in rows}.get(name, rows[0]) for name in (TEACHER, plan.ours))
+    trained_on = any(domain.trained_on for domain in domains.values())
+    scored = "pictures of which some were trained on" if trained_on else "held-out pictures"
     return ReportData(
         title=title,
         lead=(
-            f"A teacher of {teacher.params or 0:,} parameters was distilled into a student of {student.params or 0:,}. "
-            "Every student saw the same masks and noise and is drawn with the same sampler from the same noise. "
-            f"Scores are means over {' or '.join(map(str, counts))} training seed(s), on held-out pictures."
+            f"{_distilled(plan, rows)}Every student saw the same masks and noise and is drawn with the same sampler "
+            f"from the same noise. Scores are means over {' or '.join(map(str, counts))} training seed(s), on "
+            f"{scored}."
         ),
         rows=rows,
         truth={name: domain.heldout.true[chosen[name]] for name, domain in domains.items()},
@@ -154,7 +172,7 @@ def _page(
             "sampler": recipe.sample.model_dump(mode="json"),
             "machine": provenance["timed_on"],
         },
-        domain_labels=DOMAIN_LABELS,
+        domain_labels={name: heading(name, domain.trained_on) for name, domain in domains.items()},
         notes=[
             "The pictures and curves are those of each row's first seed.",
             "Known pixels are pasted back into every result, so 'whole' scores differ by what stands in the hole.",
@@ -163,6 +181,15 @@ def _page(
         plots=[(text, out / f"{cost}.png") for cost, text in PLOTS.items() if (out / f"{cost}.png").is_file()],
         claims=[claim[:3] for claim in found],
     )
+
+
+def _distilled(plan: CompareRecipe, rows: Sequence[Row]) -> str:
+    """A sentence of how many parameters became how many; '' where one of the two is not there yet."""
+    params = {row.name: row.params for row in rows}
+    teacher, student = params.get(TEACHER), params.get(plan.ours)
+    if not (teacher and student):
+        return ""
+    return f"A teacher of {teacher:,} parameters was distilled into a student of {student:,}. "
 
 
 def _curves(run: Run) -> list[Path]:

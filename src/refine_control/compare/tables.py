@@ -11,10 +11,18 @@ from refine_control.compare.statistics import Results, beyond_spread, duel, metr
 from refine_control.evaluate.metrics import arrow
 from refine_control.evaluate.report import Row
 
-HEADINGS = {
-    "labelled": "Held-out concepts of the labelled domain",
-    "unlabelled": "Held-out pictures of the plain domain",
-}
+NAMES = {"labelled": "the labelled domain", "unlabelled": "the plain domain"}
+
+
+def heading(domain: str, trained_on: bool = False) -> str:
+    """What a table of a domain's scores is headed by."""
+    of = f"ictures of {NAMES.get(domain, domain)}"
+    return f"P{of}, which were trained on" if trained_on else f"Held-out p{of}"
+
+
+def _cell_text(label: str) -> str:
+    """A label as it can stand in a table."""
+    return label.replace("|", r"\|")
 
 
 def markdown(
@@ -28,7 +36,8 @@ def markdown(
     """All tables. Whole-image scores stand in table.csv and on the page."""
     lines = [f"# {title}", "", *_how(provenance), ""]
     for domain in dict.fromkeys(domain for row in rows for domain in row.scores):
-        lines += [f"## {HEADINGS.get(domain, domain)}, in the hole", "", *_scores(rows, domain, results), ""]
+        trained_on = provenance["scored"][domain]["trained_on"]
+        lines += [f"## {heading(domain, trained_on)}, in the hole", "", *_scores(rows, domain, results), ""]
     if plan.ours in results and len(results) > 2:
         lines += [f"## {plan.label(plan.ours)} against each row, in the hole", "", *_duels(plan, results), ""]
     if found:
@@ -43,9 +52,10 @@ def _how(provenance: Mapping[str, Any]) -> list[str]:
     extractor = provenance["extractors"][0]
     machines = "; ".join(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
     samplers = " or ".join(f"{steps} sampler step(s), guidance {scale:g}" for steps, scale in provenance["samplers"])
+    scored = ", ".join(f"{one['n']} of {one['data']}" for one in provenance["scored"].values())
     return [
-        f"Mean ± standard deviation over training seeds; {samplers}; {extractor['n']} held-out pictures a "
-        f"domain; features of {extractor['extractor']}; {machines}; "
+        f"Mean ± standard deviation over training seeds; {samplers}; pictures scored: {scored}; "
+        f"features of {extractor['extractor']}; {machines}; "
         f"code at {', '.join(provenance['commits']) or 'no commit'}. {_gate(provenance['gate_failures'])}",
     ]
 
@@ -69,7 +79,7 @@ def _scores(rows: Sequence[Row], domain: str, results: Mapping[str, Results]) ->
         cells = []
         for m in metrics:
             cells.append(cell(row.scores[domain][m]["hole"], row.spread[domain][m]["hole"]))
-        lines.append(f"| {row.label} | {' | '.join(cells)} | {len(results[row.name])} |")
+        lines.append(f"| {_cell_text(row.label)} | {' | '.join(cells)} | {len(results[row.name])} |")
     return lines
 
 
@@ -84,8 +94,8 @@ def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
     metrics = list(dict.fromkeys(m for some in metrics_of(ours).values() for m in some))
     lines = [
         "How much better (above 0) or worse: mean ± standard deviation over seeds, seeds won; bold beyond that spread, "
-        "which alone is weak evidence: with three seeds it can be p 0.2. p: of a paired t-test over seeds, and of a "
-        "Wilcoxon test over images, where there is one; of so many tests some are below 0.05 by chance.",
+        "which alone is weak evidence: with three seeds it can be p 0.2. p: of a paired t-test over seeds, of a "
+        "Wilcoxon test over images; of so many tests some are below 0.05 by chance.",
         "",
         "| against | domain | " + " | ".join(metrics) + " |",
         "|---|---|" + "---|" * len(metrics),
@@ -94,7 +104,7 @@ def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
         for domain in metrics_of(ours):
             found = [duel(ours, results[rival], domain, m) for m in metrics]
             cells = ["–" if one is None else _gain(one) for one in found]
-            lines.append(f"| {plan.label(rival)} | {domain} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_cell_text(plan.label(rival))} | {domain} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -102,8 +112,8 @@ def _gain(found: Mapping[str, Any]) -> str:
     spread = "" if found["sd"] is None else f" ± {found['sd']:.2g}"
     text = f"{found['mean']:+.3g}{spread}"
     text = f"**{text}**" if beyond_spread(dict(found)) else text
-    tests = [f"{found[key]:.2g}" for key in ("p_seeds", "p_images") if found[key] is not None]
-    return f"{text} ({found['won']}/{found['n']}{', p ' + ', '.join(tests) if tests else ''})"
+    tests = [f", {name} p {p:.2g}" for name in ("seeds", "images") if (p := found[f"p_{name}"]) is not None]
+    return f"{text} ({found['won']}/{found['n']}{''.join(tests)})"
 
 
 def _costs(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
@@ -125,5 +135,5 @@ def _costs(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
             f"{row.steps:,}" if row.steps else "–",
             f"{row.wall_seconds / 60:.1f}" if row.wall_seconds else "–",
         ]
-        lines.append(f"| {row.label} | {' | '.join(cells)} |")
+        lines.append(f"| {_cell_text(row.label)} | {' | '.join(cells)} |")
     return lines

@@ -50,8 +50,9 @@ class Pictures:
         self.config = config
         self.variants = variants
         self.examples = len(self.dataset)
-        budget = config.cache_gb * 2**30 / (3 * config.resolution**2)
-        self._kept: dict[int, Example] | None = {} if len(self) <= budget else None
+        self._kept: dict[int, Example] = {}
+        room = config.cache_gb * 2**30
+        self._bytes_left = room if 3 * config.resolution**2 * len(self) <= room else 0
 
     def __len__(self) -> int:
         return self.examples * self.variants
@@ -60,7 +61,7 @@ class Pictures:
         """Version `number // examples` of picture `number % examples`: image uint8 (H, W, 3) at the resolution."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        if self._kept is not None and number in self._kept:
+        if number in self._kept:
             return self._kept[number]
         version, index = divmod(number, self.examples)
         try:
@@ -68,7 +69,10 @@ class Pictures:
         except DataError as error:  # other pictures would make it another run
             raise DataError(f"{error}; a run that has begun goes on with data.skip_corrupt true") from None
         example = self._versioned(read, version, index)
-        if self._kept is not None:
+        arrays = (example.image, example.mask, example.control)
+        size = sum(array.nbytes for array in arrays if array is not None)
+        if size <= self._bytes_left:
+            self._bytes_left -= size
             self._kept[number] = example
         return example
 

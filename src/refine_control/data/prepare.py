@@ -38,7 +38,9 @@ def prepare(
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
-            key = _key(e.key) if _key(e.key) not in taken else _key(e.key, with_digest=True)
+            key = _key(e.key)
+            if key in taken:
+                key = _key(e.key, with_digest=True)
             taken.add(key)
             yield replace(
                 e,

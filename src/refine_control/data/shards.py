@@ -268,7 +268,7 @@ def _index(shard: Path, faults: list[str]) -> dict[str, Members]:
         if shard.exists() and not shard.is_file():  # to read a pipe is to wait for good
             raise OSError(0, "not a regular file")
         with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
-            for member in tar:
+            for member in (member for member in tar if not member.isdir()):  # tar itself writes folders
                 key = ""
                 try:
                     key, ending = _split(member.name)

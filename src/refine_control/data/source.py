@@ -7,8 +7,9 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,21 @@ def open_usable(paths: Paths, split: str, skip_corrupt: bool) -> FolderDataset |
     for reason in (reason for part in parts for reason in part.faults):
         print(f"skipped: {reason}", file=sys.stderr)
     return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def warn_if_trained_on(paths: Paths, files: Iterable[Path], split: str, lenient: bool = False) -> bool:
+    """Whether some of a split's files are training's too, for want of a split of its own; a line on stderr says so."""
+    trained: set[Path] = set()
+    for path in paths_of(paths):
+        with suppress(DataError if lenient else NoSplitError):
+            trained.update(open_dataset(path, lenient=lenient).files())
+    if found := not trained.isdisjoint(files):
+        print(
+            f"refine-control: '{', '.join(map(str, paths_of(paths)))}' has no split '{split}' of its own: these scores "
+            "are of pictures that were trained on",
+            file=sys.stderr,
+        )
+    return found
 
 
 class Joined:

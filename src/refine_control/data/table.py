@@ -116,12 +116,14 @@ class Steps:
     run that met the step asked for, so that a run which needs less reads less, and one which needs more adds to it.
     """
 
-    def __init__(self, root: Path, what: str, key: Mapping[str, Any], limit_gb: float) -> None:
+    def __init__(self, root: Path, what: str, key: Mapping[str, Any], limit_gb: float, parts: int = 1) -> None:
+        """parts: how many processes keep steps there, each its part of what the limit leaves."""
         self.key = json.dumps({**key, "format": FORMAT}, sort_keys=True, indent=1)
         self.folder = Path(root) / f"{what}-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        self.left = limit_gb * 2**30 - sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        self.left = (limit_gb * 2**30 - there) / parts
 
     def get(self, step: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
         """These arrays of a step; None unless all are there."""

@@ -17,7 +17,7 @@ from refine_control.data.loader import UNLABELLED, Pictures
 from refine_control.data.table import Table
 from refine_control.diffusion.model import Model
 
-ROWS = 16  # pictures or captions encoded at once
+ROWS, PIXELS = 16, 16 * 256**2  # captions or pictures encoded at once, and of pictures so many pixels
 
 
 class EncoderCache:
@@ -63,7 +63,8 @@ def latent_table(model: Model, vae: str, pictures: Pictures, root: Path) -> Tabl
     side = pictures.config.resolution // model.downscale
     key = {"vae": vae, "scale": model.vae.config.scaling_factor, "pictures": pictures.fingerprint()}
     shape = (model.vae.config.latent_channels, side, side)
-    return _filled(Table(root, "latents", key, len(pictures), shape, _name(dtype)), compute)
+    rows = max(1, min(ROWS, PIXELS // pictures.config.resolution**2))
+    return _filled(Table(root, "latents", key, len(pictures), shape, _name(dtype)), compute, rows)
 
 
 @torch.no_grad()
@@ -129,10 +130,10 @@ def digest(network: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _filled(table: Table, compute: Any) -> Table:
+def _filled(table: Table, compute: Any, rows: int = ROWS) -> Table:
     team = PartialState()
     if not table.is_complete():
-        table.fill(compute, ROWS, team.process_index, team.num_processes)
+        table.fill(compute, rows, team.process_index, team.num_processes)
         team.wait_for_everyone()
         if team.is_main_process:
             table.finish()

@@ -59,11 +59,11 @@ class Encoder:
         missing = {key: row for row, key in enumerate(keys) if key not in kept}
         with torch.autocast(self.model.device.type, enabled=False):  # latents do not depend on how a step computes
             fresh = {key: tuple(part[0] for part in compute([row])) for key, row in missing.items()}
-        rows = [fresh[key] if key in fresh else kept[key] for key in keys]
+        rows = [fresh[key] if key in fresh else tuple(p.to(self.model.device) for p in kept[key]) for key in keys]
         result = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         for key, row in fresh.items():
             size = sum(part.element_size() * part.numel() for part in row)
             if size <= self._bytes_left:
                 self._bytes_left -= size
-                kept[key] = row
+                kept[key] = tuple(part.cpu() for part in row)  # a GPU's memory is for networks
         return result

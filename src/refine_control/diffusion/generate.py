@@ -12,6 +12,7 @@ from PIL import Image
 from refine_control.data.example import Example, is_unicode
 from refine_control.data.images import fit_square, fit_square_mask, read_image, read_mask
 from refine_control.data.loader import make_batch
+from refine_control.diffusion.model import Model
 from refine_control.diffusion.sample import fill
 from refine_control.diffusion.store import load
 from refine_control.errors import DataError
@@ -48,9 +49,7 @@ def generate(
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     loaded = load(model, device, controlnets).freeze()
-    if not loaded.denoiser.nets:
-        note = "has no ControlNet, so it does not see the picture around the hole; give one with --controlnet"
-        print(f"refine-control: '{model}' {note}", file=sys.stderr)
+    say_if_blind(loaded, model, "--controlnet")
     side = loaded.resolution
     hole = fit_square_mask(hole, side)
     if not hole.any():
@@ -66,3 +65,10 @@ def generate(
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write '{out}': {error}; give --out another name, ending in .png") from None
     return side
+
+
+def say_if_blind(model: Model, name: str, given_by: str) -> None:
+    """A line on stderr where a model has no ControlNet. given_by: the flag or key that names one."""
+    if not model.denoiser.nets:
+        note = f"has no ControlNet, so it does not see the picture around the hole; give one with {given_by}"
+        print(f"refine-control: '{name}' {note}", file=sys.stderr)

@@ -55,6 +55,8 @@ def download(name: str, index: str, folders: str) -> Path:
         raise ModelError(f"'{name}' on the Hugging Face hub is no model that we read: it has no {index}")
     try:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=[index, *choose(files, folders)]))
+    except RepositoryNotFoundError:  # one behind terms: it is listed to all
+        raise _no_access(repo) from None
     except UNREACHABLE as error:
         raise ModelError(f"cannot download '{name}' ({_line(error)}); run the same command again") from None
 
@@ -123,10 +125,7 @@ def _look_up(repo: str, revision: str | None) -> tuple[str, list[str] | None]:
     except RevisionNotFoundError:
         raise ModelError(f"'{repo}' on the Hugging Face hub has no revision '{revision}'") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(
-            f"'{repo}' is neither a folder here nor a model on the Hugging Face hub that we may read; "
-            "check the name, or accept the model's terms on its page and run `hf auth login`"
-        ) from None
+        raise _no_access(repo) from None
     except UNREACHABLE as error:
         try:
             return _cached(repo, revision).name, None
@@ -137,6 +136,13 @@ def _look_up(repo: str, revision: str | None) -> tuple[str, list[str] | None]:
             ) from None
     assert info.sha, "the hub names the commit of every revision"
     return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def _no_access(repo: str) -> ModelError:
+    return ModelError(
+        f"'{repo}' is neither a folder here nor a model on the Hugging Face hub that we may read; "
+        "check the name, or accept the model's terms on its page and run `hf auth login`"
+    )
 
 
 def _cached(repo: str, revision: str | None) -> Path:

@@ -70,7 +70,7 @@ class NoiseSchedule:
         Raises:
             ModelError, RecipeError: see `from_config`; or min-SNR weighs nothing of what the stage would learn.
         """
-        schedule = cls.from_config(config, stage.num_inference_steps)
+        schedule = cls.from_config(at_few_steps(config, stage.num_inference_steps), stage.num_inference_steps)
         if not schedule.row_weight(schedule.timesteps, stage.snr_gamma).any():
             raise RecipeError(
                 f"snr_gamma {stage.snr_gamma} gives the timesteps of num_inference_steps {stage.num_inference_steps} "
@@ -176,6 +176,15 @@ def sampler(config: dict[str, Any]) -> DDIMScheduler:
         named = ", ".join(f"{key} {filled.get(key)!r:.80}" for key in keys)
         raise ModelError(f"no betas can be made of {named}; mend scheduler_config.json")
     return made
+
+
+def at_few_steps(config: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """The scheduler config of a model that learns the timesteps of so many steps alone; None: of all, as it is.
+
+    They end at pure noise ('trailing', 2305.08891), where a sampler starts: the one step of Stable Diffusion's own
+    scheduler would be t = 1, of a picture that is all but there.
+    """
+    return config if steps is None else {**config, "timestep_spacing": "trailing"}
 
 
 def sampler_at(config: dict[str, Any], steps: int, device: str | torch.device = "cpu") -> DDIMScheduler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from refine_control.errors import ModelError
 MOST_JSON = 32_000_000  # bytes; a tokenizer's vocabulary is the largest, of a few million
 TEXTS = (".json", ".txt", ".model", ".jinja")  # what libraries read as a whole
 LAYERS = ("layers", "blocks")  # in the names of numbers that say how many
-MOST_LAYERS = 10_000  # by a count that takes many of them twice; SDXL's ControlNet comes to 6,480
+MOST_LAYERS = 2_000  # levels times layers of each; SDXL's networks come to 80
 SLACK = 10_000_000  # numbers that are computed, not stored
 OWN_ATTENTION = (None, "eager", "sdpa")
 # Keys by which a config makes a library read other weights, or run code that the hub has; and what they may say.
@@ -26,6 +26,7 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "attn_implementation": OWN_ATTENTION,
     "_attn_implementation": OWN_ATTENTION,
+    "attribute_map": (None,),  # other keys' values
 }
 
 
@@ -76,7 +77,7 @@ def check_config(where: str, config: Any) -> None:
 
 def asks_for_more_layers(config: Mapping[str, Any], most: int = MOST_LAYERS) -> bool:
     """Whether a config asks for more layers than there can be: to make them would take days."""
-    return math.prod(max(1, number) for number in _layers(config)) > most
+    return _longest(config.values()) * math.prod(_layers(config)) > most
 
 
 def check_weights(kind: Any, folder: Path, config: Mapping[str, Any], files: list[Path]) -> None:
@@ -110,13 +111,19 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield name, tuple(tensors.get_slice(name).get_shape())
 
 
+def _longest(values: Iterable[Any]) -> int:
+    """The length of the longest list, at any depth: lists describe the same levels."""
+    inner = [each.values() if isinstance(each, dict) else each for each in values if isinstance(each, dict | list)]
+    return max((max(len(each), _longest(each)) for each in inner), default=1)
+
+
 def _layers(config: Mapping[str, Any]) -> Iterator[int]:
     """How often layers repeat, by every number of a config that says so."""
     for key, value in config.items():
-        if isinstance(value, list):
-            yield len(value)
-        if any(word in key for word in LAYERS):
-            yield max((n for n in _numbers(value) if not isinstance(n, bool)), default=1)
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif any(word in key for word in LAYERS):
+            yield max([1, *(n for n in _numbers(value) if not isinstance(n, bool))])
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -79,7 +79,7 @@ class Bridges(nn.Module):
         for point, size in self.sizes.items():
             projected = self.projections[_key(point)](features[point])
             if projected.shape[-2:] != size:
-                projected = F.interpolate(projected, size=size, mode="bilinear", antialias=True)
+                projected = F.interpolate(projected.float(), size=size, mode="bilinear", antialias=True)
             bridged[point] = projected
         return bridged
 

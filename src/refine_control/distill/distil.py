@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from refine_control.claim import claim
+from refine_control.claim import claim, known_commits
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Loader
 from refine_control.data.table import Steps
@@ -23,7 +23,7 @@ from refine_control.diffusion import store
 from refine_control.diffusion.cache import EncoderCache, digest, settings
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Denoiser
-from refine_control.diffusion.noise import sampler_at
+from refine_control.diffusion.noise import at_few_steps, sampler_at
 from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
@@ -34,7 +34,6 @@ from refine_control.distill.teacher import check_resolution, check_stage, conten
 from refine_control.errors import RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, DistilRecipe, RunConfig, StageConfig
-from refine_control.recipe import load as load_recipe
 from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
@@ -49,10 +48,14 @@ class Distiller:
     def __init__(self, teacher: str, data: DataConfig, run: RunConfig, controlnets: Sequence[str] = ()) -> None:
         set_threads(run)
         self.name, self.controlnets = store.pin(teacher), tuple(store.pin(name) for name in controlnets)
-        self.teacher = store.load(self.name, pick_device(run.device), self.controlnets).freeze()
+        device = pick_device(run.device)
+        if device.type == "cpu" and {run.teacher_dtype, run.mixed_precision} == {"fp16", "bf16"}:
+            raise RecipeError("run.teacher_dtype and run.mixed_precision are fp16 and bf16: on a CPU give one type")
+        self.teacher = store.load(self.name, controlnets=self.controlnets).freeze()
         self._weights = [digest(network) for network in self.teacher.parts]  # as they are on the disk, whatever follows
         self.dtype = run.teacher_dtype
         self.teacher.denoiser.to(DTYPES[self.dtype])
+        self.teacher.to(device)  # at last: so that no more than its own type is ever there
         self.team = PartialState()
         self._open(data)
 
@@ -101,15 +104,21 @@ class Distiller:
             self._train(folder / name, student, bridges, recipe.stages[name], loader, recipe, method)
         if self.team.is_main_process:
             only = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
-            learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only)
+            scheduler = at_few_steps(self.teacher.scheduler, only)
+            learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only, scheduler=scheduler)
             store.save(learnt, folder / "student")
         self.team.wait_for_everyone()
         return folder / "student"
 
     def _within_what_the_teacher_learnt(self, recipe: DistilRecipe) -> None:
         """Raises RecipeError where a stage would ask it at timesteps that it never met."""
+        spacing = self.teacher.scheduler["timestep_spacing"]
         for name, stage in recipe.stages.items():
             asked = stage.steps and (stage.weights.output or stage.weights.feature)
+            if asked and self.teacher.only_steps and spacing != "trailing":
+                raise RecipeError(
+                    f"teacher '{self.name}' has learnt few steps at '{spacing}' timesteps; distil it anew"
+                )
             if asked and self.teacher.only_steps not in (None, stage.num_inference_steps):
                 raise RecipeError(
                     f"teacher '{self.name}' has learnt the timesteps of {self.teacher.only_steps} step(s) alone; set "
@@ -122,7 +131,7 @@ class Distiller:
 
     def claim(self, recipe: DistilRecipe, folder: Path, method: Method = OURS) -> None:
         """Makes the folder this run's. Raises RecipeError where it holds another one's."""
-        claim(recipe, folder, self.contents(method), self.settings())
+        claim(recipe, folder, self.contents(recipe, method), self.settings())
 
     def fresh_student(self, recipe: DistilRecipe, measure: bool = True) -> tuple[Denoiser, Bridges]:
         """The student at step 0, and its bridges; the recipe's seed decides every random weight.
@@ -146,7 +155,7 @@ class Distiller:
         return student, bridges
 
     def _measure(self, bridges: Bridges, recipe: DistilRecipe) -> None:
-        stage = recipe.stage1
+        stage = recipe.stage1 if recipe.stage1.steps else recipe.stage2
         loader, passes = self.loader(recipe, stage, "norms"), recipe.run.gradient_accumulation_steps
         longer = max(recipe.stage1.steps, recipe.stage2.steps, 1)
         steps = range(min(-(-MEASURED_ROWS // stage.batch_size), longer))
@@ -173,6 +182,8 @@ class Distiller:
             student.compile_blocks()
             self.teacher.denoiser.compile_blocks()
         kept = self._kept_steps(recipe, stage, loader.seed)
+        scheduler = at_few_steps(self.teacher.scheduler, stage.num_inference_steps)
+        drawn = replace(self.teacher, denoiser=student, only_steps=None, scheduler=scheduler)
         train(
             folder,
             Distillation(student, self.teacher, bridges, self.encoder, stage, kept, method.losses),
@@ -180,22 +191,26 @@ class Distiller:
             loader,
             stage,
             recipe.run,
-            Preview(replace(self.teacher, denoiser=student), self.validation, recipe.masks, recipe.sample),
+            Preview(drawn, self.validation, recipe.masks, recipe.sample),
         )
 
-    def contents(self, method: Method = OURS) -> dict[str, str]:
-        """What the recipe names, by what it holds; a rival's code, and the version of ours, if it is not the first."""
+    def contents(self, recipe: DistilRecipe, method: Method = OURS) -> dict[str, str]:
+        """What the recipe names, by what it holds; a rival's code; and where few steps' timesteps are not the teacher's
+        own, or our version is not the first, that."""
         version = {"version": str(VERSION)} if VERSION > 1 else {}
-        return self._contents | version | ({"method": method.digest} if method.digest else {})
+        few = any(stage.steps and stage.num_inference_steps for stage in recipe.stages.values())
+        spaced = {"timesteps": "trailing"} if few and self.teacher.scheduler["timestep_spacing"] != "trailing" else {}
+        return self._contents | version | spaced | ({"method": method.digest} if method.digest else {})
 
     @cached_property
     def _contents(self) -> dict[str, str]:
         teacher = hashlib.sha256("".join(self._weights).encode()).hexdigest()
         return {"teacher": teacher, **contents(self.labelled, self.unlabelled)}
 
-    def settings(self) -> dict[str, Any]:
-        """What else decides the teacher's answers."""
-        return settings(self.teacher, ["", *self.labelled.captions()])
+    def settings(self, steps: int | None = None) -> dict[str, Any]:
+        """What else decides the teacher's answers. steps: see `at_few_steps`."""
+        asked = replace(self.teacher, scheduler=at_few_steps(self.teacher.scheduler, steps))
+        return settings(asked, ["", *self.labelled.captions()])
 
     def _kept_steps(self, recipe: DistilRecipe, stage: StageConfig, seed: int) -> Steps | None:
         """What the teacher made of the steps of a stage, for other students that meet the same steps."""
@@ -203,7 +218,7 @@ class Distiller:
             return None
         sets = [pictures.fingerprint() for pictures in (self.labelled, self.unlabelled) if pictures is not None]
         key = {
-            "teacher": [self._weights, self.dtype, self.settings()],
+            "teacher": [self._weights, self.dtype, self.settings(stage.num_inference_steps)],
             "precision": recipe.run.mixed_precision,
             "controls": self.data.controls,
             "pictures": sets,
@@ -213,7 +228,7 @@ class Distiller:
             ),
             "seed": seed,
         }
-        return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb)
+        return Steps(Path(self.data.cache_dir), "teacher", key, self.data.teacher_cache_gb, self.team.num_processes)
 
 
 def _agree(recipe: DistilRecipe) -> None:
@@ -226,10 +241,7 @@ def _agree(recipe: DistilRecipe) -> None:
 
 def with_known_commits(recipe: DistilRecipe, folder: Path) -> DistilRecipe:
     """The recipe with the commits that the run in a folder began with, where it names the hub's models without one."""
-    if not (folder / "recipe.yaml").is_file():
-        return recipe
-    begun = load_recipe(DistilRecipe, folder / "recipe.yaml")
-    known = {name.split("@")[0]: name for name in (begun.teacher, *begun.controlnets)}
+    known = known_commits(DistilRecipe, folder, lambda begun: [begun.teacher, *begun.controlnets])
     nets = tuple(known.get(name, name) for name in recipe.controlnets)
     return recipe.model_copy(update={"teacher": known.get(recipe.teacher, recipe.teacher), "controlnets": nets})
 

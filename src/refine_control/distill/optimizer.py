@@ -60,7 +60,7 @@ def build_optimizer(parameters: list[nn.Parameter], stage: StageConfig, run: Run
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise RecipeError(
-            "run.use_8bit_adam needs bitsandbytes: pip install 'refine-control[8bit]', or set it to false"
+            "run.use_8bit_adam needs bitsandbytes: pip install -e '.[8bit]' in the clone, or set it to false"
         ) from None
     return AdamW8bit(parameters, **settings)
 

@@ -83,6 +83,11 @@ class Method(NamedTuple):
     digest: str = ""
 
 
+def takes_task(batch: Batch, stage: StageConfig) -> Tensor:
+    """(B,), bool: the rows that take the task term."""
+    return batch.labelled | stage.task_on_unlabelled
+
+
 class Distillation(nn.Module):
     """The loss of a batch, by its terms: the paper's, or a rival's.
 
@@ -118,7 +123,7 @@ class Distillation(nn.Module):
         if weights.output or weights.feature:
             taught, features = self._teach(batch, inputs, teacher_points)
         weight = self.schedule.row_weight(d.t, self.stage.snr_gamma)
-        has_task = torch.ones_like(weight) if self.stage.task_on_unlabelled else batch.labelled.to(weight)
+        has_task = takes_task(batch, self.stage).to(weight)
         place = by_place(batch.mask, self.stage.hole_weight, predicted.shape[-2:])
         seen = Seen(predicted, d.target, taught, weight, has_task, batch.mask, taps.features, features, bridges, place)
         terms = self.losses(seen, weights)

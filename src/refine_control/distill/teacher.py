@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from refine_control.claim import claim
+from refine_control.claim import claim, known_commits
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import NoSplitError, open_usable
@@ -21,16 +21,16 @@ from refine_control.diffusion.build import build_autoencoder, build_denoiser, bu
 from refine_control.diffusion.cache import digest
 from refine_control.diffusion.encode import Encoder
 from refine_control.diffusion.model import Model, halvings
-from refine_control.diffusion.noise import NoiseSchedule, sampler_at, scheduler_config
+from refine_control.diffusion.noise import NoiseSchedule, at_few_steps, sampler_at, scheduler_config
 from refine_control.distill.draw import draw
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.losses import by_place, task_loss
 from refine_control.distill.preview import Preview, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads, share_out
+from refine_control.distill.stages import takes_task
 from refine_control.errors import DataError, ModelError, RecipeError
 from refine_control.files import hold
 from refine_control.recipe import DataConfig, RunConfig, StageConfig, TeacherRecipe
-from refine_control.recipe import load as load_recipe
 from refine_control.student.named import plan_of
 
 KL_WEIGHT = 1e-6  # Rombach et al. 2022 (2112.10752): only keeps latents from drifting apart
@@ -49,7 +49,8 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     device = pick_device(recipe.run.device)  # first: accelerate keeps what it is told first
     labelled, unlabelled = open_pictures(recipe.data)
     if recipe.init_from:
-        recipe = recipe.model_copy(update={"init_from": store.pin(_known_commit(recipe.init_from, folder))})
+        known = known_commits(TeacherRecipe, folder, lambda begun: [begun.init_from])
+        recipe = recipe.model_copy(update={"init_from": store.pin(known.get(recipe.init_from, recipe.init_from))})
     torch.manual_seed(recipe.seed)
     model = _fresh_or_loaded(recipe, labelled, folder / "tokenizer")
     begun_from = {"init_from": [digest(part) for part in model.parts]} if recipe.init_from else {}
@@ -57,7 +58,8 @@ def _train_teacher(recipe: TeacherRecipe, folder: Path) -> Path:
     sampler_at(model.scheduler, recipe.sample.num_inference_steps)  # now, not at the first preview
     loader = _loader(recipe, recipe.denoiser_stage, labelled, unlabelled)
     check_stage("denoiser_stage", recipe.denoiser_stage, recipe.run, loader, model.scheduler)
-    model = replace(model, usual=recipe.sample, only_steps=recipe.denoiser_stage.num_inference_steps)
+    only = recipe.denoiser_stage.num_inference_steps
+    model = replace(model, usual=recipe.sample, only_steps=only, scheduler=at_few_steps(model.scheduler, only))
     model.to(device)
     if recipe.autoencoder_stage.steps:
         _train_autoencoder(recipe, model, labelled, unlabelled, folder / "autoencoder")
@@ -124,8 +126,8 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
         _check_description(recipe, model)
         return model
     vae = build_autoencoder(recipe.autoencoder)
-    captions = [labelled[i].text or "" for i in range(labelled.examples)]
     if not kept_tokenizer.is_dir():
+        captions = [labelled.text(i) for i in range(labelled.examples)]
         aside = kept_tokenizer.with_name(".tokenizer.part")
         build_tokenizer(recipe.text, captions).save_pretrained(aside)
         aside.rename(kept_tokenizer)
@@ -134,12 +136,6 @@ def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: 
     side = recipe.data.resolution // halvings(recipe.autoencoder.block_out_channels)
     denoiser = build_denoiser(recipe.denoiser, recipe.autoencoder.latent_channels, recipe.text.hidden_size, side)
     return Model(denoiser, vae, text_encoder, tokenizer, scheduler_config(recipe.noise))
-
-
-def _known_commit(name: str, folder: Path) -> str:
-    """The name with the commit that the run in a folder began with."""
-    begun = load_recipe(TeacherRecipe, folder / "recipe.yaml").init_from if (folder / "recipe.yaml").is_file() else None
-    return begun if begun and begun.partition("@")[0] == name else name
 
 
 def _check_description(recipe: TeacherRecipe, model: Model) -> None:
@@ -240,6 +236,6 @@ class TeacherTask(nn.Module):
         d = draw(batch, self.encoder.latents(batch), self.schedule, stage.caption_dropout, stage.word_dropout)
         prediction = self.denoiser(d.x_t, d.t, self.model.embed(list(d.captions)), d.control)
         weight = self.schedule.row_weight(d.t, stage.snr_gamma)
-        weight = weight if stage.task_on_unlabelled else weight * batch.labelled.to(weight)
+        weight = weight * takes_task(batch, stage).to(weight)
         place = by_place(batch.mask, stage.hole_weight, prediction.shape[-2:])
         return {"task": task_loss(prediction, d.target, weight, place)}

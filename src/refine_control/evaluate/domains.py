@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from refine_control.data.source import open_dataset, paths_of
+from refine_control.data.source import warn_if_trained_on
+from refine_control.diffusion.noise import at_few_steps
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.processes import pick_device
 from refine_control.distill.teacher import check_resolution, open_pictures
@@ -32,20 +32,29 @@ MODEL_FILES = (".safetensors", ".json", ".txt")
 
 @dataclass
 class Domain:
-    """One held-out set and the features of its true pictures, by every extractor; the first is the offline one."""
+    """One held-out set and the features of its true pictures, by every extractor; the first is the offline one.
+
+    trained_on: some of the pictures are training's too, for want of a split of their own.
+    """
 
     heldout: HeldOut
     references: list[Reference]
+    trained_on: bool = False
 
     def score(self, drawn: Tensor) -> dict[str, Any]:
         """As `score.score`, with the metrics of all extractors together and one provenance for each."""
         results = [reference.score(drawn) for reference in self.references]
-        whole = results[0] | {"provenance": [result["provenance"] for result in results]}
+        whole = results[0] | {"provenance": self.provenance()}
         for result in results[1:]:
             whole["metrics"] |= result["metrics"]
             whole["per_image"] |= result["per_image"]
             whole["by_ratio"] = {area: whole["by_ratio"][area] | one for area, one in result["by_ratio"].items()}
         return whole
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """What made the scores, one for each extractor."""
+        told = {"trained_on": True} if self.trained_on else {}
+        return [reference.provenance() | told for reference in self.references]
 
 
 def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) -> dict[str, Domain]:
@@ -55,14 +64,8 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
     tested = open_pictures(data, config.split, variants=1)
     for name, pictures in zip(("labelled", "unlabelled"), tested, strict=True):
         if pictures is not None:
-            paths = paths_of(getattr(data, name))
-            trained_on = {file for path in paths for file in open_dataset(path, lenient=data.skip_corrupt).files()}
-            if set(pictures.dataset.files()) & trained_on:
-                print(
-                    f"refine-control: '{', '.join(map(str, paths))}' has no split '{config.split}' of its own: "
-                    "these scores are of pictures that were trained on",
-                    file=sys.stderr,
-                )
+            files = pictures.dataset.files()
+            trained_on = warn_if_trained_on(getattr(data, name), files, config.split, data.skip_corrupt)
             heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
             if len(heldout.batch) < 2:  # of one picture no spread can be told
                 raise DataError(
@@ -70,14 +73,31 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
                     f"{pictures.examples}: too few for scores; give 2 or more"
                 )
             references = [Reference(heldout.true, heldout.batch.mask, extractor) for extractor in extractors]
-            domains[name] = Domain(heldout, references)
+            domains[name] = Domain(heldout, references, trained_on)
     return domains
 
 
+def check_fillable(domains: dict[str, Domain]) -> None:
+    """Raises DataError where classical inpainting has nothing to fill from."""
+    for name, domain in domains.items():
+        if full := int(domain.heldout.batch.mask.flatten(1).all(1).sum()):
+            raise DataError(
+                f"{full} masks of the {name} pictures cover all of them, and classical inpainting fills from what is "
+                "known; leave it out, or set data.controls [inpaint] with smaller holes"
+            )
+
+
 def evaluate_model(
-    name: str, domains: dict[str, Domain], recipe: DistilRecipe, folder: Path, controlnets: Sequence[str] = ()
+    name: str,
+    domains: dict[str, Domain],
+    recipe: DistilRecipe,
+    folder: Path,
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Scores a saved model on every domain, once: the result is kept in `folder` beside the pictures.
+
+    steps: the one number that its students learn; it is drawn at their timesteps then (`at_few_steps`).
 
     Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see score.score}}; pictures (N, 3, H, W) in
     [0, 1] are read back with `drawn`.
@@ -86,13 +106,16 @@ def evaluate_model(
     settings = {
         "model": _fingerprint(resolve(name, not controlnets), *map(resolve_controlnet, controlnets)),
         "sample": recipe.sample.model_dump(),
-        "extractors": [reference.provenance() for reference in next(iter(domains.values())).references],
+        "extractors": next(iter(domains.values())).provenance(),
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
     }
+    if steps is not None:
+        settings["timesteps"] = "trailing"
     before = _result(kept)
     if before.get("settings") == settings:
         return before
     model = load(name, pick_device(recipe.run.device), controlnets).freeze()
+    model = replace(model, scheduler=at_few_steps(model.scheduler, steps))
     check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
     result: dict[str, Any] = {

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from refine_control import __version__
+from refine_control.diffusion.generate import say_if_blind
 from refine_control.diffusion.store import load
 from refine_control.distill.preview import mask_out, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
-from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
+from refine_control.evaluate.domains import Domain, check_fillable, drawn, evaluate_model, open_domains
 from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.report import Row, text_table, write_table
 from refine_control.files import write_whole
@@ -32,6 +33,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     """Scores saved models, and classical inpainting where asked, on a recipe's held-out pictures.
 
     Writes scores.json, table.csv, table.md and for each model a sheet of pictures of each domain in recipe.output_dir.
+    A model that is the recipe's teacher is scored with the recipe's controlnets.
     The models' task losses under the right, the empty and a stranger's caption stand in scores.json too. Returns the
     table, to be printed.
     """
@@ -39,12 +41,17 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     set_threads(recipe.run)
     out = Path(recipe.output_dir)
     domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
+    if with_baselines:
+        check_fillable(domains)
     table: dict[str, Any] = {}
     rows = []
     for name in models:
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
-        result = evaluate_model(name, domains, recipe, folder)
-        model = load(name, pick_device(recipe.run.device)).freeze()
+        is_teacher = name.partition("@")[0] == recipe.teacher.partition("@")[0]  # whatever their commits
+        nets = recipe.controlnets if is_teacher else ()
+        result = evaluate_model(name, domains, recipe, folder, nets)
+        model = load(name, pick_device(recipe.run.device), nets).freeze()
+        say_if_blind(model, name, "--teacher and --controlnets")
         scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
         cost = {"latency_ms": latency_ms({name: one_forward(model)})[name]["median"], **result["cost"]}
         listened = caption_losses(model, domains["labelled"].heldout)
@@ -58,8 +65,10 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         scores = {key: d.score(filled[key])["metrics"] for key, d in domains.items()}
         table[name] = {"domains": scores}
         rows.append(Row(name, name, scores, None, None, None, None, None, filled))
-    table["provenance"] = [reference.provenance() for reference in domains["labelled"].references]
+    table["provenance"] = domains["labelled"].provenance()
     table["sample"] = recipe.sample.model_dump()
+    table |= {key: getattr(recipe, key).model_dump(mode="json") for key in ("data", "masks", "evaluate")}
+    table["heldout"] = {key: domain.heldout.fingerprint() for key, domain in domains.items()}
     table["machine"] = machine()
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")

@@ -22,7 +22,7 @@ from refine_control.evaluate.score import Reference
 from refine_control.export import parity
 from refine_control.export.timing import Entry, Worker, cores
 from refine_control.files import write_whole
-from refine_control.recipe import Config, SampleConfig
+from refine_control.recipe import Config, ControlKind, SampleConfig
 from refine_control.student.plan import cost
 
 SETTLE = 0.25  # seconds: threads of the model before spin for a while after their work
@@ -40,6 +40,7 @@ class BenchConfig(Config):
     num_threads: PositiveInt | None = None
     data: str | None = "data/emoji"
     images: int = Field(192, ge=2)
+    controls: tuple[ControlKind, ...] = ("inpaint",)
 
 
 def bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
@@ -61,7 +62,8 @@ def _bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
     entries = _told_apart([entry for name in names for entry in _entries(name)])
     if config.data is not None:
         try:
-            open_usable(config.data, "test", skip_corrupt=True)  # a mistake there should not cost the measurement
+            if len(open_usable(config.data, "test", True)) < 2:  # a mistake there should not cost the measurement
+                raise DataError(f"'{config.data}' has one picture to score on; give 2 or more")
         except DataError as error:
             raise DataError(f"{error}; or --data none, which scores nothing") from None
     rows = _measure(entries, config)
@@ -167,7 +169,7 @@ def _score(rows: list[dict[str, Any]], entries: Sequence[Entry], config: BenchCo
         )
         side = model.side if exported else model.resolution
         if side not in opened:
-            heldout = parity.open_heldout(config.data, "test", config.images, side)
+            heldout = parity.open_heldout(config.data, "test", config.images, side, config.controls)
             opened[side] = heldout, parity.reference_of(heldout)
         heldout, reference = opened[side]
         row["quality"] = {}

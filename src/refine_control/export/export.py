@@ -43,15 +43,15 @@ class Int8(NamedTuple):
     scored: HeldOut | None
 
     @classmethod
-    def open(cls, data: str, calibration_images: int, images: int, resolution: int) -> Int8:
+    def open(cls, data: str, calibration_images: int, images: int, resolution: int, controls: Sequence[str]) -> Int8:
         if images == 1:
             raise UserError("--images 1 is too few to score on; give 0 or at least 2")
         if data == DATA and not Path(data).is_dir():
             raise UserError(
                 f"int8 is calibrated with pictures, and '{DATA}' is not here; give --data, a folder of yours"
             )
-        scored = parity.open_heldout(data, "test", images, resolution) if images else None
-        return cls(data, parity.open_heldout(data, "train", calibration_images, resolution), scored)
+        scored = parity.open_heldout(data, "test", images, resolution, controls) if images else None
+        return cls(data, parity.open_heldout(data, "train", calibration_images, resolution, controls), scored)
 
 
 def export_model(
@@ -64,13 +64,15 @@ def export_model(
     title: str | None = None,
     calibration_images: int | None = None,
     images: int = 192,
+    controls: Sequence[str] = ("inpaint",),
 ) -> dict[str, Any]:
     """Writes the exported model to `out`, or for the web to out/models/TITLE with the page around it.
 
     controlnets: saved on their own; they replace the pipeline's. title: the model's name there, its own without.
     data: pictures to calibrate int8 with (`calibration_images` of the split train; without, as many as make
     CALIBRATION_CALLS at the model's usual steps) and to see its effect on (`images` of the split test; 0 leaves it
-    unmeasured); the page's examples. Without, DATA, or the examples that the page has.
+    unmeasured), with `controls`, one for each ControlNet; the page's examples. Without, DATA, or the examples that
+    the page has.
     What `out` held before is replaced when all is written, not earlier.
     Returns the manifest, which holds the differences from torch ("parity") and of int8 the effect ("quality").
 
@@ -93,7 +95,10 @@ def export_model(
     if calibration_images is None:
         calibration_images = max(CALIBRATION_IMAGES, math.ceil(CALIBRATION_CALLS / model.usual.num_inference_steps))
     try:
-        int8 = Int8.open(data or DATA, calibration_images, images, model.resolution) if precision == "int8" else None
+        if len(controls) > 1:
+            raise UserError(f"--controls names {len(controls)}; a model with one ControlNet is exported, name its one")
+        side = model.resolution
+        int8 = Int8.open(data or DATA, calibration_images, images, side, controls) if precision == "int8" else None
         graphs = graphs_of(model)
         manifest = _describe(model, title, to, precision)
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from tqdm import tqdm
 
 from refine_control.data.batch import derive_seed
 from refine_control.data.loader import Pictures
-from refine_control.data.source import open_usable
+from refine_control.data.source import open_usable, warn_if_trained_on
 from refine_control.diffusion.sample import paste
+from refine_control.errors import DataError
 from refine_control.evaluate.features import efficientnet_lite0
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.score import Reference
 from refine_control.export.graph import Graph
 from refine_control.export.onnx import Feed
-from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig
+from refine_control.recipe import DataConfig, EvaluateConfig, MaskConfig, SampleConfig, validate
 from refine_control.runtime import Student, noise
 
 BOUNDS = {"fp32": 1e-4, "fp16": 1e-2, "int8": 10.0}  # of graph_error; int8's own is what it does to the scores
@@ -37,11 +39,28 @@ def graph_error(graph: Graph, student: Student) -> float:
     )
 
 
-def open_heldout(folder: str, split: str, images: int, resolution: int) -> HeldOut:
-    """Pictures with masks and captions, chosen as `refine-control evaluate` chooses them."""
-    data = DataConfig(labelled=folder, resolution=resolution)
-    pictures = Pictures(open_usable(folder, split, skip_corrupt=True), data, variants=1)
-    return HeldOut.choose(split, pictures, True, MaskConfig(), EvaluateConfig(split=split, images=images))
+def open_heldout(
+    folder: str, split: str, images: int, resolution: int, controls: Sequence[str] = ("inpaint",)
+) -> HeldOut:
+    """Pictures with masks, controls and captions, chosen as `refine-control evaluate` chooses them.
+
+    Raises:
+        DataError: they cannot be read, or those to be scored (split test) are fewer than 2.
+    """
+    dataset = open_usable(folder, split, skip_corrupt=True)
+    if split == "test":
+        warn_if_trained_on(folder, dataset.files(), split, lenient=True)
+    given = {"labelled": folder, "resolution": resolution, "controls": controls}
+    data = validate(DataConfig, given, "command line")
+    how = (True, MaskConfig(), EvaluateConfig(split=split, images=images))
+    try:
+        heldout = HeldOut.choose(split, Pictures(dataset, data, variants=1), *how)
+    except DataError:  # only now is every picture looked at, to leave out those that cannot be read
+        pictures = Pictures(dataset, data.model_copy(update={"skip_corrupt": True}), variants=1)
+        heldout = HeldOut.choose(split, pictures, *how)
+    if split == "test" and len(heldout.batch) < min(2, images):
+        raise DataError(f"'{folder}' has one picture that can be used; give 2 or more")
+    return heldout
 
 
 def draw(student: Student, heldout: HeldOut, config: SampleConfig) -> Tensor:
