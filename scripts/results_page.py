@@ -33,7 +33,7 @@ COMPARISONS = (
 )
 SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
     "compare-headline": ("teacher", "scratch", "output-kd", "refine-control"),
-    "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic", "feedforward"),
+    "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic"),
     "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
 }
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
