@@ -291,7 +291,7 @@ def page() -> str:
     lines += bias()
     plot = {"plot.png": "scores in the hole against sampler steps"}
     commands = ["refine-control compare recipes/compare-emoji.yaml", "python scripts/sampler_steps.py"]
-    lines += written("sampler-steps/table.md", commands, plot)
+    lines += written("sampler-steps/table.md", commands, plot, [CLIPPED, ""])  # until it is made anew
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
