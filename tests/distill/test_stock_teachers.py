@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 import torch
@@ -99,7 +98,7 @@ def test_few_steps_begin_at_pure_noise_whatever_the_teachers_scheduler(tmp_path:
     assert sampler_at(student.scheduler, 1).timesteps.tolist() == [999]
 
 
-def test_every_named_student_of_a_deep_teacher_is_read_again(tmp_path: Path) -> None:
+def test_named_students_of_a_deep_teacher_are_read_again(tmp_path: Path) -> None:
     """Of SDXL's depth: three levels, of 1, 2 and 10 transformer layers."""
     blocks = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -109,7 +108,8 @@ def test_every_named_student_of_a_deep_teacher_is_read_again(tmp_path: Path) -> 
     unet = tiny_unet("sdxl", **blocks, **three, attention_head_dim=(2, 4, 4))
     net = tiny_controlnet(unet, conditioning_embedding_out_channels=(4, 8))
     teacher = load(str(save_pipeline(tmp_path / "teacher", "sdxl", 1, unet=unet, controlnet=net)))
-    for name in get_args(StudentName):
+    names: tuple[StudentName, ...] = ("bk-small", "micro")
+    for name in names:
         student = replace(teacher, denoiser=build_student(name, teacher))
         store.save(student, tmp_path / name)
         assert load(str(tmp_path / name)).denoiser.nets
