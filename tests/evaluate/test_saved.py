@@ -17,7 +17,8 @@ from tiny_sd import tiny_pipeline
 
 def recipe_for(root: Path) -> DistilRecipe:
     recipe = distil_recipe(root, labelled=4, plain=3, stage1=stage(1), stage2=stage(0))
-    return recipe.model_copy(update={"output_dir": str(root / "scores")})
+    run = recipe.run.model_copy(update={"num_threads": 1})  # else it takes all cores, beside other tests
+    return recipe.model_copy(update={"output_dir": str(root / "scores"), "run": run})
 
 
 def scored(recipe: DistilRecipe, *models: str, baselines: bool = False) -> dict[str, Any]:
