@@ -206,6 +206,11 @@ class DistilRecipe(Config):
     def stages(self) -> dict[str, StageConfig]:
         return {"stage1": self.stage1, "stage2": self.stage2}
 
+    @property
+    def only_steps(self) -> int | None:
+        """The one number of sampler steps that the last stage learns; None: all timesteps."""
+        return (self.stage2 if self.stage2.steps else self.stage1).num_inference_steps
+
 
 def _refuse_what_does_not_go_together(sample: SampleConfig, run: RunConfig, stages: dict[str, StageConfig]) -> None:
     for name, stage in stages.items():

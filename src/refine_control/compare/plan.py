@@ -15,22 +15,12 @@ from refine_control.recipe import DistilRecipe, read_tree, validate
 
 TEACHER = "teacher"  # the row that every comparison has, first
 TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all rows
-SCORED = (
-    "evaluate",
-    "sample",
-    "masks",
-    "data.controls",
-    "data.fit",
-    "data.resolution",
-)  # likewise: of scores
+# Likewise, of what the rows are scored on, and how.
+SCORED = ("evaluate", "sample", "masks", "data.controls", "data.fit", "data.resolution")
 OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
 LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
-SHARED = (
-    *TEACHES,
-    *SCORED,
-    "data.labelled",
-    "data.skip_corrupt",
-)  # if a comparison sets them, its teacher is drawn and scored so too
+# If a comparison sets them, its teacher is drawn and scored so too.
+SHARED = (*TEACHES, *SCORED, "data.labelled", "data.skip_corrupt")
 
 
 def _is_of(key: str, sections: Sequence[str]) -> bool:

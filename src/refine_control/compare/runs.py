@@ -164,8 +164,7 @@ def _scored(
 ) -> dict[str, Any]:
     """{"cost", "settings", "domains"} of a run, after what training it takes."""
     if run.row == TEACHER:
-        steps = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
-        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets, steps)
+        return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets, recipe.only_steps)
     if rival and rival.fill:
         return _scored_pictures(rival.fill, domains, run)
     if rival and rival.network:

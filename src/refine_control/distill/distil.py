@@ -103,7 +103,7 @@ class Distiller:
         for name, loader in loaders.items():
             self._train(folder / name, student, bridges, recipe.stages[name], loader, recipe, method)
         if self.team.is_main_process:
-            only = (recipe.stage2 if recipe.stage2.steps else recipe.stage1).num_inference_steps
+            only = recipe.only_steps
             scheduler = at_few_steps(self.teacher.scheduler, only)
             learnt = replace(self.teacher, denoiser=student, usual=recipe.sample, only_steps=only, scheduler=scheduler)
             store.save(learnt, folder / "student")
