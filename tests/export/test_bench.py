@@ -53,6 +53,15 @@ def test_pictures_that_are_not_there_are_asked_for(tiny_folder: Path, tmp_path: 
         bench([str(tiny_folder)], QUICK.model_copy(update={"data": str(tmp_path / "none")}), tmp_path)
 
 
+def test_controls_are_counted_before_anything_is_measured(
+    tiny_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refine_control.export.bench._measure", lambda *_: pytest.fail("measured"))
+    config = QUICK.model_copy(update={"data": str(pictures), "controls": ("inpaint", "grey")})
+    with pytest.raises(DataError, match=r"--controls names 2 \(inpaint, grey\) but .* has 1 ControlNet"):
+        bench([str(tiny_folder)], config, tmp_path)
+
+
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'nothing' is neither"):
         bench(["nothing"], QUICK, tmp_path)

@@ -66,9 +66,8 @@ def _bench(names: Sequence[str], config: BenchConfig, out: Path) -> str:
                 raise DataError(f"'{config.data}' has one picture to score on; give 2 or more")
         except DataError as error:
             raise DataError(f"{error}; or --data none, which scores nothing") from None
-    rows = _measure(entries, config)
-    for row, entry in zip(rows, entries, strict=True):
-        row.update(_size(entry))
+    sizes = [_size(entry, config) for entry in entries]
+    rows = [row | size for row, size in zip(_measure(entries, config), sizes, strict=True)]
     settings = config.model_dump() | {"num_threads": config.num_threads or cores()}
     result = {"command": _command(names, config), "settings": settings, "machine": machine(), "rows": rows}
     write_whole(out / "bench.json", json.dumps(result, indent=1))
@@ -147,15 +146,29 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {name: float(np.percentile(values, q)) for name, q in (("low", 25), ("median", 50), ("high", 75))}
 
 
-def _size(entry: Entry) -> dict[str, Any]:
-    """Bytes on the disk; parameters and MACs of foundation + module."""
+def _size(entry: Entry, config: BenchConfig) -> dict[str, Any]:
+    """Bytes on the disk; parameters and MACs of foundation + module.
+
+    Raises:
+        DataError: it is to be scored, and has not as many ControlNets as there are controls.
+    """
     if entry.backend == "torch":
         model, folder = load(entry.source), resolve(entry.source)
+        _check_controls(entry, len(model.denoiser.nets), config)
         counted = cost(model.denoiser, model)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return {"size_mb": size / 1e6, "params": counted.parameters, "macs": counted.macs}
+    _check_controls(entry, 1, config)
     manifest = runtime.read_manifest(Path(entry.source))
     return {"size_mb": sum(manifest["files"].values()) / 1e6, "params": manifest["params"], "macs": manifest["macs"]}
+
+
+def _check_controls(entry: Entry, nets: int, config: BenchConfig) -> None:
+    if config.data is not None and nets and nets != len(config.controls):
+        raise DataError(
+            f"--controls names {len(config.controls)} ({', '.join(config.controls)}) but '{entry.source}' has {nets} "
+            "ControlNet(s); name one for each, in their order, or --data none, which scores nothing"
+        )
 
 
 def _score(rows: list[dict[str, Any]], entries: Sequence[Entry], config: BenchConfig) -> None:
