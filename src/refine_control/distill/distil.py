@@ -28,7 +28,7 @@ from refine_control.diffusion.taps import feature_shapes
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.loop import train
 from refine_control.distill.preview import Preview
-from refine_control.distill.processes import pick_device, set_threads
+from refine_control.distill.processes import DTYPES, pick_device, set_threads
 from refine_control.distill.stages import VERSION, Distillation, Method, teacher_features
 from refine_control.distill.teacher import check_resolution, check_stage, contents, open_pictures, open_shown
 from refine_control.errors import RecipeError
@@ -38,7 +38,6 @@ from refine_control.student.plan import build_student, probe
 from refine_control.student.transplant import transplant
 
 OURS = Method()
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED_ROWS = 256  # that the norms of the teacher's features are measured on, or as many as are trained on
 
 

@@ -16,10 +16,10 @@ from refine_control.diffusion.text import Text
 from refine_control.distill.alignment import Bridges
 from refine_control.distill.losses import feature_loss
 from refine_control.distill.optimizer import moment_bytes
+from refine_control.distill.processes import DTYPES
 from refine_control.recipe import DistilRecipe
 from refine_control.student.plan import build_student, cost, on_meta, plan_cost, probe
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 LEARNING = 4 * 3  # bytes a parameter: weight, gradient, moving average, all fp32
 SUSTAINED = 50  # TFLOP/s, for an example: about a third of what a 24 GB GPU of 2022 promises in bf16
 CHECKPOINT = 4 * 2  # weight and moving average, beside the optimiser's moments
@@ -57,7 +57,8 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
     largest = max([stage.batch_size for stage in recipe.stages.values() if stage.steps], default=1)
     rows = largest // (processes * recipe.run.gradient_accumulation_steps)
     parts = [part for part in (teacher.vae, teacher.text_encoder, teacher.text_encoder_2) if part is not None]
-    frozen = _parameters(teacher.denoiser) * BYTES[recipe.run.teacher_dtype] + sum(map(_parameters, parts)) * 4
+    weight = DTYPES[recipe.run.teacher_dtype].itemsize
+    frozen = _parameters(teacher.denoiser) * weight + sum(map(_parameters, parts)) * 4
     learning, moments, activations = _one_pass(recipe, teacher, max(1, rows))
     x_t, _, text, _ = probe(teacher, "meta")
     samples = sum(stage.steps * stage.batch_size for stage in recipe.stages.values())

@@ -16,11 +16,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from refine_control.distill import checkpoint
 from refine_control.distill.optimizer import LossScale, build_optimizer, clip, ema_decay, learning_rate
-from refine_control.distill.processes import own_part, sharded, spread_like, whole
+from refine_control.distill.processes import DTYPES, own_part, sharded, spread_like, whole
 from refine_control.errors import DataError, UserError
 from refine_control.recipe import RunConfig, StageConfig
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Learner:
@@ -69,7 +67,7 @@ class Learner:
 
     def autocast(self) -> torch.autocast:
         """Inside, matrix products and convolutions run in the recipe's mixed precision. Losses are float32 anyway."""
-        half = AUTOCAST.get(self.run.mixed_precision)
+        half = DTYPES.get(self.run.mixed_precision)  # None of 'no'
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
     def backward(self, loss: Tensor) -> None:

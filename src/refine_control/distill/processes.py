@@ -21,6 +21,7 @@ from refine_control.errors import RecipeError, UserError
 from refine_control.files import cores
 from refine_control.recipe import RunConfig, StageConfig
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as a recipe names them
 OWN = ("_modules", "_parameters", "_buffers")  # of a module
 BLOCK = re.compile(r"(^|\.)(down_blocks\.\d+|mid_block|up_blocks\.\d+)$")  # what is gathered at a time
 
