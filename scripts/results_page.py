@@ -16,8 +16,6 @@ from refine_control.compare.plan import CompareRecipe, load
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
-from refine_control.recipe import DistilRecipe
-from refine_control.recipe import load as load_recipe
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = (
@@ -132,12 +130,6 @@ def clipped(name: str) -> bool:
     return run is not None and float(run["recipe"]["stage1"]["max_grad_norm"]) < float("inf")
 
 
-def clipped_student() -> list[str]:
-    """What stands below a heading of what is measured with the embedded student, where that one learnt so."""
-    recipe = load_recipe(DistilRecipe, ROOT / "recipes/emoji-student.yaml")
-    return [CLIPPED, ""] if recipe.stage1.max_grad_norm < float("inf") else []
-
-
 @cache
 def recipe_of(name: str) -> CompareRecipe:
     """Of a comparison, by the folder of its results."""
@@ -161,7 +153,7 @@ def bias() -> list[str]:
 def edge(title: str, measured: dict[str, Any], picture: str) -> list[str]:
     """What `refine-control bench` measured."""
     how, on = measured["settings"], measured["machine"]
-    lines = [f"## {title}", "", *clipped_student(), f"`{measured['command']}`, of exports by", "", f"`{EXPORT}`", ""]
+    lines = [f"## {title}", "", f"`{measured['command']}`, of exports by", "", f"`{EXPORT}`", ""]
     lines.append(table_of_bench(measured, " | "))
     scored = measured["rows"][0].get("provenance")
     said = f"scores in the hole of {scored['n']} held-out pictures ({scored['extractor']})" if scored else "no scores"
@@ -280,7 +272,6 @@ def page() -> str:
         lines += [
             "`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`",
             "",
-            *clipped_student(),
             f"One seed, no spread. {on_what(student)}",
             "",
         ]
@@ -291,7 +282,7 @@ def page() -> str:
     lines += bias()
     plot = {"plot.png": "scores in the hole against sampler steps"}
     commands = ["refine-control compare recipes/compare-emoji.yaml", "python scripts/sampler_steps.py"]
-    lines += written("sampler-steps/table.md", commands, plot, [CLIPPED, ""])  # until it is made anew
+    lines += written("sampler-steps/table.md", commands, plot)
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
@@ -301,7 +292,6 @@ def page() -> str:
         lines += [
             "## In the browser",
             "",
-            *clipped_student(),
             "`python benchmarks/page.py runs/edge/site`, its first lines say of what",
             "",
         ]
