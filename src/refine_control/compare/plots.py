@@ -111,6 +111,7 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
     better = "→" if sign(metric) > 0 else "←"
     axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
     axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    axis.locator_params(axis="x", nbins=5)  # or the numbers of CMMD overlap
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", lw=0.3)
 
