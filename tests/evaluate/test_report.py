@@ -46,8 +46,15 @@ def test_the_spread_over_seeds_stands_below_a_score(data: ReportData, tmp_path: 
 @pytest.fixture
 def data(tmp_path: Path) -> ReportData:
     stages = [
-        [{"step": 1, "loss": 3.0, "task": 1.0}, {"step": 4, "grad_norm/task": 0.4}, {"step": 8, "loss": float("nan")}],
-        [{"step": 1, "loss": 0.5, "feature": 0.25, "lr": 1e-3, "seconds": 1.0}, {"step": 2, "odd": -1.0}],
+        [
+            {"step": 1, "loss": 3.0, "task": 1.0, "grad_norm/task": 0.4, "grad_norm/loss": 1.0},
+            {"step": 4, "loss": 3.0, "task": 0.5, "grad_norm/task": 0.2},
+            {"step": 8, "loss": float("nan")},
+        ],
+        [
+            {"step": 1, "loss": 0.5, "feature": 0.25, "odd": -2.0, "lr": 1e-3, "seconds": 1.0},
+            {"step": 2, "feature": 0.2, "odd": -1.0},
+        ],
     ]
     files = [tmp_path / f"{number}.jsonl" for number in (1, 2)]
     for file, lines in zip(files, stages, strict=True):
@@ -158,10 +165,15 @@ def test_what_was_not_measured_is_an_en_dash(data: ReportData, tmp_path: Path) -
 def test_curves_take_what_a_line_has_and_append_the_stages(data: ReportData, tmp_path: Path) -> None:
     page = written(data, tmp_path)
     drawn = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    assert drawn == [f"{n} over steps" for n in ("loss", "task", "feature", "odd", "grad_norm/task")]
+    assert drawn == [f"{n} over steps" for n in ("loss", "task", "feature", "odd", "grad_norm/task")], (
+        "and no grad_norm/loss: one point is no curve"
+    )
     assert page.raw.count('class="bound"') == 5
     points = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
-    assert points[:2] == ["28.0,0.0 ", "252.0,140.0 "]  # steps 1 and 8 + 1 of 8 + 2, the highest loss and the lowest
+    assert points[:2] == [
+        "28.0,0.0 112.0,0.0 ",
+        "252.0,140.0 ",
+    ]  # steps 1, 4 and 8 + 1 of 8 + 2, the highest loss and the lowest
 
 
 def test_no_curves_and_a_domain_without_pictures(data: ReportData, tmp_path: Path) -> None:

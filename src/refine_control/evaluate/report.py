@@ -254,9 +254,9 @@ def _read(path: Path) -> Stage:
 
 
 def _panels(runs: list[list[Stage]]) -> list[dict[str, Any]]:
-    """One drawing a term, losses first; `runs` are the stages of each row."""
+    """One drawing a term that was logged more than once, losses first; `runs` are the stages of each row."""
     order = {name: place for place, name in enumerate(("loss", "grad_norm", "task", "output", "feature"))}
-    names = {name for stages in runs for _, terms in stages for name in terms}
+    names = {name for stages in runs for _, terms in stages for name, curve in terms.items() if len(curve) > 1}
     keys = {(name.startswith("grad_norm"), order.get(name.removeprefix("grad_norm/"), 9), name) for name in names}
     return [_panel(name, runs) for *_, name in sorted(keys)]
 
