@@ -165,15 +165,12 @@ def test_what_was_not_measured_is_an_en_dash(data: ReportData, tmp_path: Path) -
 def test_curves_take_what_a_line_has_and_append_the_stages(data: ReportData, tmp_path: Path) -> None:
     page = written(data, tmp_path)
     drawn = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    assert drawn == [f"{n} over steps" for n in ("loss", "task", "feature", "odd", "grad_norm/task")], (
-        "and no grad_norm/loss: one point is no curve"
-    )
+    # No grad_norm/loss: one point is no curve.
+    assert drawn == [f"{n} over steps" for n in ("loss", "task", "feature", "odd", "grad_norm/task")]
     assert page.raw.count('class="bound"') == 5
     points = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
-    assert points[:2] == [
-        "28.0,0.0 112.0,0.0 ",
-        "252.0,140.0 ",
-    ]  # steps 1, 4 and 8 + 1 of 8 + 2, the highest loss and the lowest
+    # Steps 1 and 4, of the highest loss, and 8 + 1, of the lowest, of 8 + 2.
+    assert points[:2] == ["28.0,0.0 112.0,0.0 ", "252.0,140.0 "]
 
 
 def test_no_curves_and_a_domain_without_pictures(data: ReportData, tmp_path: Path) -> None:
