@@ -19,9 +19,9 @@ from refine_control.export.bench import table as table_of_bench
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = (
+    "compare-larger",
     "compare-headline",
     "compare-emoji",
-    "compare-long",
     "compare-one-step",
     "compare-levels",
     "compare-labels",
