@@ -86,7 +86,7 @@ class Ruler:
 
     @property
     def direction(self) -> tuple[float, ...]:
-        """The shift, the largest of its channels 1: a cast counts in brightness of that channel."""
+        """The shift, scaled so that the largest of its channels is 1."""
         largest = max(map(abs, self.shift))
         return tuple(channel / largest for channel in self.shift)
 

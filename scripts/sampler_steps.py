@@ -158,9 +158,10 @@ def main() -> None:
         "sample": shop.base.sample.model_dump(exclude={"num_inference_steps"}), "rows": lines,
     }  # fmt: skip
     write_whole(args.out / "scores.json", json.dumps(result, indent=1))
+    counts = " and ".join(str(len(domain.heldout.true)) for domain in shop.domains.values())
     sentence = (
-        f"Mean ± standard deviation over training seeds; {scored[0]['n']} held-out pictures a domain, the same noise "
-        f"for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
+        f"Mean ± standard deviation over training seeds; {counts} held-out pictures of the two domains, the same "
+        f"noise for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
         f"code at {shop.commit or 'no commit'}."
     )
     text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
 from refine_control.diffusion.store import ZOO, load, save
+from refine_control.errors import UserError
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.saved import BASELINES
 from results_page import by_domain, on_what
@@ -37,7 +40,7 @@ tags: [inpainting, controlnet, refine-control]
   and licences. Concepts of the test split were not trained on.
 - Make it again: `{command}`
 - Trained for: {training}
-- Seed {seed}; hardware: {machine}
+- Seed {seed}; scored on {machine}
 
 Known limits: drawings only, English captions of a few words, weak on faces and writing. A student inherits
 its teacher's errors.
@@ -81,9 +84,12 @@ def gate(model: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def entry_of(scores: dict[str, Any], name: str, run: Path) -> dict[str, Any]:
-    """The scores of the model of this name, which `evaluate` was given as zoo:NAME or in the run's folder."""
-    return next(scores[key] for key in (str(run / "model"), str(run / "student"), f"zoo:{name}") if key in scores)
+def entry_of(scores: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The scores of the first of these that `evaluate` was given. Raises UserError where it was given none."""
+    for name in names:
+        if name in scores:
+            return cast(dict[str, Any], scores[name])
+    raise UserError(f"no scores of {' or '.join(names)} there; evaluate it first")
 
 
 def scores_on_card(scores: dict[str, Any], entry: dict[str, Any], is_teacher: bool) -> str:
@@ -102,7 +108,7 @@ def ship(name: str, scores: dict[str, Any], run: Path, note: str) -> None:
     stages = ("autoencoder", "denoiser") if is_teacher else ("stage1", "stage2")
     sizes = {s: recipe.get(f"{s}_stage", recipe.get(s))["batch_size"] for s in stages}
     command = "train-teacher recipes/emoji-teacher.yaml" if is_teacher else f"distill recipes/{name}.yaml"
-    machine, entry = scores["machine"], entry_of(scores, name, run)
+    machine, entry = scores["machine"], entry_of(scores, [str(folder)])
     card = HEADER.format(
         name=name,
         what=f"{entry['params']:,} parameters in foundation and module, {entry['macs']:,} MACs a forward.",
@@ -136,11 +142,15 @@ def main() -> None:
     else:
         recipe = yaml.safe_load((target / "recipe.yaml").read_text(encoding="utf-8"))
         card = (target / "README.md").read_text(encoding="utf-8").partition("## Scores")[0]
-        entry = entry_of(scores, args.name, Path(recipe["output_dir"]))
+        run = Path(recipe["output_dir"])
+        entry = entry_of(scores, [str(run / "model"), str(run / "student"), f"zoo:{args.name}"])
         card += scores_on_card(scores, entry, "denoiser" in recipe)
         (target / "README.md").write_text(card, encoding="utf-8")
     print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*')) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"ship_model: {error}")

@@ -263,6 +263,7 @@ def test_a_student_may_be_named_in_the_recipe(workplace: Path, tmp_path: Path) -
         (("distill", "RECIPE", "--stage1.steps", "many"), ("stage1.steps", "many")),
         (("distill", "nowhere.yaml"), ("nowhere.yaml",)),
         (("distill", "RECIPE", "--teacher", "zoo:none"), ("zoo:none",)),
+        (("distill", "RECIPE", "--controlnet", "/no/such #net"), ("/no/such #net",)),
         (("distill", "RECIPE", "--data.labelled", "/no/such/folder"), ("/no/such/folder",)),
         (("distill", "RECIPE", "--data.resolution", "64"), ("64", "16")),
         (("distill", "RECIPE", "--data.unlabelled", "null"), ("data.unlabelled",)),

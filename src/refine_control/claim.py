@@ -32,6 +32,11 @@ def rounding(run: RunConfig) -> dict[str, Any]:
     return {key: getattr(run, key) for key in keys if getattr(run, key) != getattr(plain, key)}
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether there is anything in a run's folder that took training."""
+    return any(next(folder.glob(mark), None) for mark in ("*/checkpoints/step-*", "student", "model"))
+
+
 def claim(
     config: R, folder: Path, contents: dict[str, str] | None = None, settings: dict[str, Any] | None = None
 ) -> None:
@@ -47,8 +52,7 @@ def claim(
         RecipeError: what was trained in the folder is of another recipe; the first key that differs is named.
     """
     path, kept, told = (folder / name for name in ("recipe.yaml", "contents.json", "settings.json"))
-    trained = any(next(folder.glob(mark), None) for mark in ("*/checkpoints/step-*", "student", "model"))
-    if trained and path.is_file():
+    if has_trained(folder) and path.is_file():
         begun = load(type(config), path)
         theirs, ours = _leaves(learnt(begun)), _leaves(learnt(config))
         if kept.is_file():

@@ -82,6 +82,15 @@ def hold(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether another process holds a folder that is there."""
+    try:
+        with hold(folder):
+            return False
+    except BusyError:
+        return True
+
+
 def is_known(found: Any, newest: int) -> bool:
     """Whether what a file says of its format is one that this version reads: its own, or one before."""
     return isinstance(found, int) and 1 <= found <= newest

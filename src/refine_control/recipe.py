@@ -36,7 +36,7 @@ class DataConfig(Config):
     variants: PositiveInt = 2  # versions of each picture: as it is, mirrored, then slightly zoomed and shifted
     cache_gb: PositiveFloat = 2.0  # captioned pictures, plain ones, latents: each kept in memory up to this size
     cache_dir: str | None = None  # keep latents and text embeddings there, for later runs
-    teacher_cache_gb: float = Field(0, ge=0)  # and what the teacher made of each step, up to this size
+    teacher_cache_gb: float = Field(0, ge=0)  # and what the teacher made of each step: this much a stage and seed
     skip_corrupt: bool = False
 
 

@@ -138,6 +138,10 @@ def test_tables_of_what_is_complete_without_training_the_rest(base: Path, whole:
     assert table["seeds"] == {"teacher": [0], "scratch": [0], "refine-control": [0, 1]}
     assert set(table["rows"]) == set(table["seeds"])
     assert not list((tmp_path / "work").rglob("losses.jsonl"))
+    (tmp_path / "results/speed.json").unlink()
+    with hold(tmp_path / "work/scratch/seed-1"):
+        comparing.compare(plan_of(base, tmp_path), {}, finished_only=True)
+    assert not (tmp_path / "results/speed.json").exists(), "another process is training the rest"
 
 
 @pytest.mark.parametrize("proof", [True, False])
@@ -213,7 +217,9 @@ def test_what_another_process_is_at_is_left_to_it(base: Path, tmp_path: Path) ->
         comparing.compare(plan, {})
     table = json.loads((tmp_path / "results/scores.json").read_text())
     assert set(table["rows"]) == {"teacher", "telea", "refine-control"}
+    assert not (tmp_path / "results/speed.json").exists(), "times beside another process's work are not kept"
     comparing.compare(plan, {})
+    assert (tmp_path / "results/speed.json").exists()
     assert "scratch" in json.loads((tmp_path / "results/scores.json").read_text())["rows"]
 
 
@@ -366,6 +372,17 @@ def test_a_stage_1_of_another_precision_is_another(base: Path) -> None:
         assert sharing.beginning(other, {}, {}) != sharing.beginning(recipe, {}, {})
     slower = recipe.model_copy(update={"run": recipe.run.model_copy(update={"num_threads": 2, "compile": True})})
     assert sharing.beginning(slower, {}, {}) == sharing.beginning(recipe, {}, {})
+
+
+def test_a_row_is_not_trained_in_two_precisions(base: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path, {"refine-control": {}}, seeds=(0,))
+    shop = running.Workshop(base_recipe(plan, {}))
+    run = comparing._planned(plan, {}, shop)[1]
+    (run.work / "stage1/checkpoints/step-000001").mkdir(parents=True)
+    begun = run.recipe.model_copy(update={"run": run.recipe.run.model_copy(update={"mixed_precision": "bf16"})})
+    recipes.save(begun, run.work / "recipe.yaml")
+    with pytest.raises(UserError, match=r"begun with .*bf16.*, not fp32"):
+        running.finish(run, shop)
 
 
 def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(

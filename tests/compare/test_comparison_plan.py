@@ -107,6 +107,10 @@ def test_the_teacher_is_drawn_as_all_rows_are(base: Path) -> None:
     plan, _ = load(tiny.write_comparison(base, set=few), {})
     for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
         assert (recipe.sample.num_inference_steps, recipe.evaluate.images) == (1, 5)
+        assert recipe.only_steps == 1
+    plan, _ = load(tiny.write_comparison(base, set={**few, "stage2.steps": 0, "run.device": "cpu"}), {})
+    for recipe in (base_recipe(plan, {}), *(run.recipe for run in runs(plan, {}))):
+        assert (recipe.only_steps, recipe.run.device) == (1, "cpu")
 
 
 def test_a_comparison_over_a_student_of_few_steps_may_ask_for_others(base: Path) -> None:

@@ -104,6 +104,9 @@ def test_claims_hold_by_their_figures() -> None:
     )
     assert claims("absent", table) == []
     assert claims("refine-control", table | {"refine-control": results([19, 19], [1, 1])}) == [], "two are no claim"
+    few = {claim.text for claim in claims("refine-control", table | {"scratch": results([10, 10], [300, 300])})}
+    assert not any("scratch" in text for text in few)
+    assert "labelled: 95% of the teacher's psnr" in few
 
 
 def test_a_teacher_that_classical_inpainting_beats_is_named() -> None:

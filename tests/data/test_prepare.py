@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refine_control.data.images import encode_png
 from refine_control.data.prepare import prepare
 from refine_control.data.source import check, open_dataset
+from refine_control.errors import DataError
 
 PNG = encode_png(np.zeros((4, 4, 3), np.uint8))
 
@@ -35,6 +37,17 @@ def test_long_names_are_kept_apart(tmp_path: Path) -> None:
     assert sum(key.startswith("é" * 31 + "-") for key in keys) == 2
     prepare(tmp_path / "in", tmp_path / "again", "train", 8, "crop")
     assert open_dataset(tmp_path / "again").keys() == keys
+
+
+def test_one_picture_is_not_put_into_two_splits(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(PNG)
+    with pytest.raises(DataError, match="no split 'test' of its own, only train"):
+        prepare(tmp_path / "in", tmp_path / "out", "test", 8, "crop")
+    (tmp_path / "split/val").mkdir(parents=True)
+    (tmp_path / "split/val/a.png").write_bytes(PNG)
+    prepare(tmp_path / "split", tmp_path / "out", "validation", 8, "crop")
+    assert len(open_dataset(tmp_path / "out", "val")) == 1
 
 
 def test_names_that_a_shard_would_make_one_are_kept_apart(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_weights_and_arithmetic_follow_from_the_counts(recipe: DistilRecipe) -> 
     f = varied(recipe)
     assert f.rows == 4
     assert f.macs == (3 + 2) * 4 * (theirs.macs + 3 * ours.macs)
+    assert varied(recipe, gradient_checkpointing=True).macs == f.macs + (3 + 2) * 4 * ours.macs
     assert f.learning > 20 * ours.parameters, "bridges learn too"
     assert f.frozen - varied(recipe, teacher_dtype="fp16").frozen == 2 * theirs.parameters
     assert f.memory == f.frozen + f.learning + f.activations

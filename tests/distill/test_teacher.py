@@ -69,6 +69,14 @@ def test_a_run_keeps_its_tokenizer(folder: Path, recipe: TeacherRecipe) -> None:
     assert again.tokenizer.model_max_length == TEXT.max_length
 
 
+def test_a_tokenizer_that_nothing_was_trained_with_is_made_anew(recipe: TeacherRecipe, tmp_path: Path) -> None:
+    pictures, _ = open_pictures(recipe.data)
+    _fresh_or_loaded(recipe, pictures, tmp_path / "tokenizer")
+    longer = recipe.model_copy(update={"text": TEXT.model_copy(update={"max_length": 2 * TEXT.max_length})})
+    model = _fresh_or_loaded(longer, pictures, tmp_path / "tokenizer")
+    assert model.tokenizer.model_max_length == 2 * TEXT.max_length
+
+
 def test_without_a_val_split_what_is_trained_on_is_shown(recipe: TeacherRecipe, tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_folder(tmp_path / split, 4)

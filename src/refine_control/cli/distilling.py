@@ -85,11 +85,16 @@ def _train_teacher(args: argparse.Namespace) -> None:
 @command(
     "distill",
     "Distil a student by a recipe: stage 1, then stage 2; resumes.",
-    ["recipes/demo.yaml --labelled my/captioned --unlabelled my/plain"],
+    [
+        "recipes/demo.yaml --labelled my/captioned --unlabelled my/plain",
+        "recipes/sd15-inpaint.yaml --teacher my/sd --controlnet my/controlnet --student mobile "
+        "--labelled my/captioned --unlabelled my/plain --output_dir runs/mine",
+    ],
     [
         RECIPE,
         flag("--labelled", metavar="DIR", help="captioned pictures: a folder or shards; short for --data.labelled"),
         flag("--unlabelled", metavar="DIR", help="plain pictures for stage 2; short for --data.unlabelled"),
+        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
     ],
     takes_overrides=True,
 )
@@ -100,6 +105,8 @@ def _distill(args: argparse.Namespace) -> None:
     for name in ("labelled", "unlabelled"):
         if getattr(args, name):
             args.overrides[f"data.{name}"] = _as_it_is(getattr(args, name))
+    if args.controlnet:
+        args.overrides["controlnets"] = f"[{', '.join(map(_as_it_is, args.controlnet))}]"
     folder = distil(recipe.load(recipe.DistilRecipe, args.recipe, args.overrides))
     print(f"the student is in {folder}; DiffusionPipeline.from_pretrained loads it")
 

@@ -86,7 +86,7 @@ def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metric
         if sign(metric) > 0:
             text = f"{domain}: {LEAST_SHARE:.0%} of the teacher's {metric}"
             found.append(_share(text, mine / teacher, [one / teacher for one in seeds.values()], LEAST_SHARE))
-        elif "scratch" in means:
+        elif len(results.get("scratch", ())) >= LEAST_SEEDS:
             began = {seed: value(result, domain, metric, "hole") for seed, result in results["scratch"].items()}
             text = f"{domain}: {metric} at least half of the way from scratch to the teacher"
             ways = [closed(teacher, began[seed], one) for seed, one in seeds.items() if seed in began]

@@ -18,6 +18,7 @@ from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import refuse_processes
 from refine_control.errors import BusyError, RecipeError
 from refine_control.evaluate.domains import check_fillable
+from refine_control.files import is_held
 
 
 def compare(
@@ -44,8 +45,9 @@ def compare(
         except BusyError:
             elsewhere += 1
     if elsewhere:
-        tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table is without them")
-    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=not elsewhere)
+        tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table has those that it has finished")
+    alone = not any(is_held(folder) for folder in Path(plan.work_dir or plan.output_dir).glob("*/seed-*"))
+    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=alone)
     return summarise(plan, todo, times, shop)
 
 

@@ -18,9 +18,9 @@ TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all r
 # Likewise, of what the rows are scored on, and how.
 SCORED = ("evaluate", "sample", "masks", "data.controls", "data.fit", "data.resolution")
 OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
-LEARNT = ".num_inference_steps"  # of a stage, which goes with that of the sampler
+LEARNT = (".num_inference_steps", ".steps")  # of a stage, which say how the sampler has to draw
 # If a comparison sets them, its teacher is drawn and scored so too.
-SHARED = (*TEACHES, *SCORED, "data.labelled", "data.skip_corrupt")
+SHARED = (*TEACHES, *SCORED, "data.labelled", "data.skip_corrupt", "run")
 
 
 def _is_of(key: str, sections: Sequence[str]) -> bool:

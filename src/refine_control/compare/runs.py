@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refine_control import __version__
-from refine_control.claim import learnt, rounding
+from refine_control.claim import has_trained, learnt, rounding
 from refine_control.compare.plan import TEACHER, Run
 from refine_control.compare.rivals import Rival, find
 from refine_control.compare.sharing import share_stage1
@@ -30,7 +30,7 @@ from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import machine
 from refine_control.files import hold, write_whole
-from refine_control.recipe import DistilRecipe
+from refine_control.recipe import DistilRecipe, load
 
 SHOWN = 12  # pictures of each domain, kept of a run to be looked at
 
@@ -149,6 +149,8 @@ def digest_of(
     """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
     scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
+    if recipe.evaluate.standard:  # else the networks are those of this version
+        scored["extractors"] = next(iter(domains.values())).provenance()
     learning = [VERSION, learnt(trained), *filter(None, [rounding(trained.run)])] if trained else None
     decides = [learning, made_by, distiller.settings(), scored]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -169,8 +171,19 @@ def _scored(
         return _scored_pictures(rival.fill, domains, run)
     if rival and rival.network:
         return _trained_network(rival, distiller, domains, recipe, run)
+    _refuse_other_rounding(recipe, run.work)
     share_stage1(recipe, run.work, method, distiller)
     return _scored_model(str(distiller.run_held(recipe, run.work, method)), domains, recipe, run)
+
+
+def _refuse_other_rounding(recipe: DistilRecipe, work: Path) -> None:
+    """A row that is trained in two precisions would be called one of the second."""
+    if has_trained(work) and (work / "recipe.yaml").is_file():
+        before, now = rounding(load(DistilRecipe, work / "recipe.yaml").run), rounding(recipe.run)
+        if before != now:
+            raise RecipeError(
+                f"'{work}' was begun with {before or 'fp32'}, not {now or 'fp32'}; remove it, or run it so"
+            )
 
 
 def _keep_losses(run: Run) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from refine_control.data.example import Example
 from refine_control.data.images import FitMode, fit_square, fit_square_mask, require_side
 from refine_control.data.shards import LONGEST_KEY, write_shards
-from refine_control.data.source import open_usable
+from refine_control.data.source import SAME, open_usable, splits_of
 from refine_control.errors import DataError
 
 
@@ -25,6 +25,8 @@ def prepare(
     skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
     """
     require_side(resolution)
+    if {split, SAME.get(split)}.isdisjoint(names := splits_of(source)):  # else an unsplit folder's would be in two
+        raise DataError(f"{source}: no split '{split}' of its own, only {', '.join(names)}; give one of these")
     dataset = open_usable(source, split, skip_corrupt)
     out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()

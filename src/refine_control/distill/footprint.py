@@ -63,6 +63,7 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
     x_t, _, text, _ = probe(teacher, "meta")
     samples = sum(stage.steps * stage.batch_size for stage in recipe.stages.values())
     student = plan_cost(recipe.student, teacher)
+    forwards = FORWARDS + recipe.run.gradient_checkpointing  # which computes activations a second time
     return Footprint(
         rows=max(1, rows),
         frozen=frozen,
@@ -72,7 +73,7 @@ def footprint(recipe: DistilRecipe, teacher: Model, processes: int = 1) -> Footp
         disk=2 * (learning * CHECKPOINT + moments) + 4 * student.parameters + 4 * sum(map(_parameters, parts)),
         latents=4 * x_t.numel(),
         text=4 * sum(part.numel() for part in text if part is not None),
-        macs=samples * (cost(teacher.denoiser, teacher).macs + FORWARDS * student.macs),
+        macs=samples * (cost(teacher.denoiser, teacher).macs + forwards * student.macs),
     )
 
 

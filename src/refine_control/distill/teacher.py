@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from refine_control.claim import claim, known_commits
+from refine_control.claim import claim, has_trained, known_commits
 from refine_control.data.batch import Batch
 from refine_control.data.loader import Loader, Pictures
 from refine_control.data.source import NoSplitError, open_usable
@@ -29,7 +29,7 @@ from refine_control.distill.preview import Preview, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads, share_out
 from refine_control.distill.stages import takes_task
 from refine_control.errors import DataError, ModelError, RecipeError
-from refine_control.files import hold
+from refine_control.files import hold, put_in_place
 from refine_control.recipe import DataConfig, RunConfig, StageConfig, TeacherRecipe
 from refine_control.student.named import plan_of
 
@@ -119,18 +119,19 @@ def contents(labelled: Pictures, unlabelled: Pictures | None) -> dict[str, str]:
 
 
 def _fresh_or_loaded(recipe: TeacherRecipe, labelled: Pictures, kept_tokenizer: Path) -> Model:
-    """Byte-pair training numbers equally frequent pairs differently in every process, so the tokenizer is kept."""
+    """Byte-pair training numbers equally frequent pairs differently in every process, so the tokenizer is kept, as soon
+    as anything has been trained with it."""
     if recipe.init_from:
         model = store.load(recipe.init_from)
         check_resolution(model, recipe.init_from, recipe.data)
         _check_description(recipe, model)
         return model
     vae = build_autoencoder(recipe.autoencoder)
-    if not kept_tokenizer.is_dir():
+    if not (kept_tokenizer.is_dir() and has_trained(kept_tokenizer.parent)):
         captions = [labelled.text(i) for i in range(labelled.examples)]
         aside = kept_tokenizer.with_name(".tokenizer.part")
         build_tokenizer(recipe.text, captions).save_pretrained(aside)
-        aside.rename(kept_tokenizer)
+        put_in_place(aside, kept_tokenizer)
     tokenizer = CLIPTokenizer.from_pretrained(kept_tokenizer, local_files_only=True)
     text_encoder = build_text_encoder(recipe.text, tokenizer)
     side = recipe.data.resolution // halvings(recipe.autoencoder.block_out_channels)
