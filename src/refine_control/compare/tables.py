@@ -50,7 +50,9 @@ def markdown(
 
 def _how(provenance: Mapping[str, Any]) -> list[str]:
     extractor = provenance["extractors"][0]
-    machines = "; ".join(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
+    machines = "; ".join(
+        dict.fromkeys(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
+    )
     samplers = " or ".join(f"{steps} sampler step(s), guidance {scale:g}" for steps, scale in provenance["samplers"])
     scored = ", ".join(f"{one['n']} of {one['data']}" for one in provenance["scored"].values())
     return [
