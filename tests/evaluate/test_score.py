@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from refine_control.evaluate import score as score_module
 from refine_control.evaluate.domains import Domain
 from refine_control.evaluate.features import Extractor, efficientnet_lite0
 from refine_control.evaluate.metrics import psnr, ssim
-from refine_control.evaluate.score import RATIO_BINS, Reference, hole_box, score
+from refine_control.evaluate.score import RATIO_BINS, Reference, hole_box
 
 
 class Stub(nn.Module):
@@ -33,6 +34,10 @@ def stub(*families: str) -> Extractor:
 
 
 ALL = ("lpips", "fid", "cmmd")
+
+
+def score(pred: Tensor, true: Tensor, mask: Tensor, extractor: Extractor, batch_size: int = 32) -> dict[str, Any]:
+    return Reference(true, mask, extractor, batch_size).score(pred)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Domain:
     trained_on: bool = False
 
     def score(self, drawn: Tensor) -> dict[str, Any]:
-        """As `score.score`, with the metrics of all extractors together and one provenance for each."""
+        """As `Reference.score`, with the metrics of all extractors together and one provenance for each."""
         results = [reference.score(drawn) for reference in self.references]
         whole = results[0] | {"provenance": self.provenance()}
         for result in results[1:]:
@@ -99,7 +99,7 @@ def evaluate_model(
 
     steps: the one number that its students learn; it is drawn at their timesteps then (`at_few_steps`).
 
-    Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see score.score}}; pictures (N, 3, H, W) in
+    Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see Reference.score}}; pictures (N, 3, H, W) in
     [0, 1] are read back with `drawn`.
     """
     kept = folder / "evaluation.json"

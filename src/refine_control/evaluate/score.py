@@ -18,7 +18,7 @@ from refine_control.evaluate.metrics import (
     ssim,
 )
 
-__all__ = ["RATIO_BINS", "RULES", "Reference", "hole_box", "score"]
+__all__ = ["RATIO_BINS", "RULES", "Reference", "hole_box"]
 
 RATIO_BINS = ((0.0, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.5), (0.5, 1.0))  # mask area, low < a <= high
 RULES = {
@@ -95,7 +95,22 @@ class Reference:
         return maps, {"whole": whole.cpu(), "hole": self.extractor.extract(torch.cat(crops))[1].cpu()}
 
     def score(self, pred: Tensor) -> dict[str, Any]:
-        """Score a model's images (N, 3, H, W) in [0, 1], in the order of the true ones; see `score` for the result."""
+        """Scores a model's images (N, 3, H, W) in [0, 1], in the order of the true ones.
+
+        Returns, all of it plain numbers, text, lists and dicts (JSON):
+          metrics     {name: {"whole": x, "hole": y}}: psnr (dB) and ssim, higher is better; and, as far as the
+                      extractor gives them, lpips, fid and cmmd under the extractor's names, lower is better
+          by_ratio    {"0.1-0.2": {"n": count, name: {"whole": x, "hole": y}}}: the paired metrics by mask area;
+                      without metrics where n is 0. The last bin, above 0.5, is there so that the counts add up to N
+          per_image   {name: {"whole": [...], "hole": [...]}} of the paired metrics, in the order given, for
+                      paired tests
+          rules       what "whole" and "hole" mean for each metric, `RULES`
+          provenance  extractor, sha256, resize rule, n, batch size, image size
+
+        "hole" of FID and CMMD is taken on crops: what lies outside `hole_box` of each mask, the square around the
+        hole's bounding box, is cut away from the prediction and from the true image; what is left is squashed to the
+        input size of the extractor.
+        """
         check_images("pred", pred)
         if pred.shape != self.true.shape:
             raise ValueError(f"pred {tuple(pred.shape)} must have the true images' shape {tuple(self.true.shape)}")
@@ -182,22 +197,3 @@ def _cmmd(true: Tensor, pred: Tensor) -> float:
     metric.update(true, real=True)
     metric.update(pred, real=False)
     return metric.compute().item()
-
-
-def score(pred: Tensor, true: Tensor, mask: Tensor, extractor: Extractor, batch_size: int = 32) -> dict[str, Any]:
-    """Score predicted against true images (N, 3, H, W) in [0, 1], holes being where mask (N, 1, H, W) is 1.
-
-    Returns, all of it plain numbers, text, lists and dicts (JSON):
-      metrics     {name: {"whole": x, "hole": y}}: psnr (dB) and ssim, higher is better; and, as far as the extractor
-                  gives them, lpips, fid and cmmd under the extractor's names, lower is better
-      by_ratio    {"0.1-0.2": {"n": count, name: {"whole": x, "hole": y}}}: the paired metrics by mask area; without
-                  metrics where n is 0. The last bin, above 0.5, is there so that the counts add up to N
-      per_image   {name: {"whole": [...], "hole": [...]}} of the paired metrics, in the order given, for paired tests
-      rules       what "whole" and "hole" mean for each metric, `RULES`
-      provenance  extractor, sha256, resize rule, n, batch size, image size
-
-    "hole" of FID and CMMD is taken on crops: what lies outside `hole_box` of each mask, the square around the hole's
-    bounding box, is cut away from the prediction and from the true image, and what is left is squashed to the input
-    size of the extractor. For several models on the same images build one `Reference`.
-    """
-    return Reference(true, mask, extractor, batch_size).score(pred)
