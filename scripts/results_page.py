@@ -37,6 +37,7 @@ SHORT = {  # students of two sizes, and the smaller one drawn in a single forwar
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
+THEN = {"compare-labels": ["python scripts/labels_plot.py"]}
 ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each other on the page
 PROTOCOL = (
     "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
@@ -100,6 +101,7 @@ def written(path: str, commands: Sequence[str], pictures: Mapping[str, str], not
 def compared(name: str, commands: Sequence[str]) -> list[str]:
     """What `refine-control compare` wrote."""
     plots = {
+        "labels.png": "scores against the share of captions",
         "rows.png": "scores of each row",
         "macs.png": "scores against the MACs of a picture",
         "wall_seconds.png": "scores against the time of training",
@@ -280,7 +282,8 @@ def page() -> str:
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
         lines += by_domain(rows)
     for name in COMPARISONS:
-        lines += compared(name, [*FIRST.get(name, []), f"refine-control compare recipes/{name}.yaml"])
+        command = f"refine-control compare recipes/{name}.yaml"
+        lines += compared(name, [*FIRST.get(name, []), command, *THEN.get(name, [])])
     lines += bias()
     plot = {"plot.png": "scores in the hole against sampler steps"}
     commands = ["refine-control compare recipes/compare-emoji.yaml", "python scripts/sampler_steps.py"]

@@ -110,35 +110,6 @@ def _metrics(lines: Lines, domain: str) -> list[str]:
     return list(next(iter(next(iter(lines.values())).values()))["mean"][domain])
 
 
-def plot(lines: Lines, path: Path) -> None:
-    """A panel for each domain and metric, in the hole; a line for each name, standard deviations over seeds as bars."""
-    plt = plots.pyplot()
-    from matplotlib.ticker import NullLocator
-
-    domains = _domains(lines)
-    metrics = _metrics(lines, domains[0])
-    steps = sorted({count for by_steps in lines.values() for count in by_steps})
-    size = (3.0 * len(metrics), 2.9 * len(domains) + 0.6)
-    figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
-    for i, domain in enumerate(domains):
-        for j, metric in enumerate(metrics):
-            axis = axes[i, j]
-            for name, by_steps in lines.items():
-                cells = [[one[kind][domain][metric]["hole"] or 0 for one in by_steps.values()] for kind in KINDS]
-                axis.errorbar(list(by_steps), cells[0], yerr=cells[1], label=name, marker=".", capsize=2)
-            axis.set_title(f"{metric} {arrow(metric)}\n{domain}", fontsize=8)
-            axis.set_xscale("log")
-            axis.set_xticks(steps, [str(count) for count in steps])
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.tick_params(labelsize=7)
-            if i == len(domains) - 1:
-                axis.set_xlabel("sampler steps", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=8, fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    plots.save(figure, path)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-emoji.yaml"))
@@ -166,7 +137,7 @@ def main() -> None:
     )
     text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])
     write_whole(args.out / "table.md", text)
-    plot(lines, args.out / "plot.png")
+    plots.plot_lines(lines, "sampler steps", args.out / "plot.png")
     print(text)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import sampler_steps
 import tiny
+from refine_control.compare import plots
 from refine_control.compare.plan import load
 from refine_control.compare.runs import Workshop
 from refine_control.diffusion import store
@@ -62,5 +63,5 @@ def test_scores_by_steps_resume_and_make_a_table_and_a_plot(tmp_path: Path, monk
     assert lines["teacher"][3]["spread"]["labelled"]["psnr"]["hole"] is None
     text = sampler_steps.markdown(lines, "How.")
     assert text.count("\n| two | 3 | ") == 1
-    sampler_steps.plot(lines, tmp_path / "plot.png")
+    plots.plot_lines(lines, "sampler steps", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

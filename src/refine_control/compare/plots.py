@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_control.compare.plan import TEACHER
-from refine_control.evaluate.metrics import sign
+from refine_control.evaluate.metrics import arrow, sign
 from refine_control.evaluate.report import Row
 
 COSTS = {"macs": ("the denoiser's MACs for a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
@@ -70,6 +70,40 @@ def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
             _rows_panel(axes[i, j], shown, ours, domain, metric)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
+    save(figure, path)
+    plt.close(figure)
+
+
+def plot_lines(lines: Mapping[str, Mapping[int, Mapping[str, Any]]], what: str, path: Path) -> None:
+    """One panel for each domain and metric, in the hole; a line for each name, standard deviations as bars.
+
+    lines: name -> x -> {"mean", "spread"}, each domain -> metric -> {"hole"}. what: x is, which is drawn as its log.
+    """
+    plt = pyplot()
+    from matplotlib.ticker import NullLocator
+
+    first = next(iter(next(iter(lines.values())).values()))["mean"]
+    metrics = list(next(iter(first.values())))
+    ticks = sorted({x for line in lines.values() for x in line})
+    size = (3.0 * len(metrics), 2.9 * len(first) + 0.6)
+    figure, axes = plt.subplots(len(first), len(metrics), figsize=size, squeeze=False)
+    for i, domain in enumerate(first):
+        for j, metric in enumerate(metrics):
+            axis = axes[i, j]
+            for name, line in lines.items():
+                mean, spread = (
+                    [one[kind][domain][metric]["hole"] or 0 for one in line.values()] for kind in ("mean", "spread")
+                )
+                axis.errorbar(list(line), mean, yerr=spread, label=name, marker=".", capsize=2)
+            axis.set_title(f"{metric} {arrow(metric)}\n{domain}", fontsize=8)
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [str(x) for x in ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.tick_params(labelsize=7)
+            if i == len(first) - 1:
+                axis.set_xlabel(what, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=8, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     save(figure, path)
     plt.close(figure)
 
