@@ -24,6 +24,7 @@ COMPARISONS = (
     "compare-emoji",
     "compare-one-step",
     "compare-levels",
+    "compare-features",
     "compare-labels",
     "compare-unlabelled",
     "compare-schedule",

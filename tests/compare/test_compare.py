@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,7 +160,8 @@ def test_an_ablation_claims_nothing(
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
     with pytest.raises(
-        RecipeError, match=r"run.json' is the result of another recipe, teacher, data, method, rival or precision"
+        RecipeError,
+        match=r"run.json' is the result of another recipe, teacher, data, method, rival, precision or scoring network",
     ):
         comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
 
@@ -372,6 +374,26 @@ def test_a_stage_1_of_another_precision_is_another(base: Path) -> None:
         assert sharing.beginning(other, {}, {}) != sharing.beginning(recipe, {}, {})
     slower = recipe.model_copy(update={"run": recipe.run.model_copy(update={"num_threads": 2, "compile": True})})
     assert sharing.beginning(slower, {}, {}) == sharing.beginning(recipe, {}, {})
+
+
+def test_results_of_another_scoring_network_are_others(base: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path, {"refine-control": {}}, seeds=(0,))
+    shop = running.Workshop(base_recipe(plan, {}))
+    recipe = comparing._planned(plan, {}, shop)[1].recipe
+    given = recipe.evaluate.model_copy(update={"standard": {"lpips-alex": "weights.pth"}})
+    standard = recipe.model_copy(update={"evaluate": given})
+    distiller = shop.distiller(recipe)
+
+    def digests(sha256: str) -> list[str]:
+        domains: Any = {
+            name: SimpleNamespace(heldout=domain.heldout, provenance=lambda: [{"sha256": sha256}])
+            for name, domain in shop.domains.items()
+        }
+        return [running.digest_of(one, one, distiller, {}, domains) for one in (recipe, standard)]
+
+    (plain, ours), (same, other) = digests("a"), digests("b")
+    assert ours != other
+    assert plain == same, "the embedded one is that of the version"
 
 
 def test_a_row_is_not_trained_in_two_precisions(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from refine_control.data.images import encode_png
 from refine_control.data.prepare import prepare
 from refine_control.data.source import check, open_dataset
-from refine_control.errors import DataError
 
 PNG = encode_png(np.zeros((4, 4, 3), np.uint8))
 
@@ -39,15 +38,17 @@ def test_long_names_are_kept_apart(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "again").keys() == keys
 
 
-def test_one_picture_is_not_put_into_two_splits(tmp_path: Path) -> None:
+def test_a_folder_without_splits_is_said_to_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(PNG)
-    with pytest.raises(DataError, match="no split 'test' of its own, only train"):
-        prepare(tmp_path / "in", tmp_path / "out", "test", 8, "crop")
+    prepare(tmp_path / "in", tmp_path / "out", "test", 8, "crop")
+    assert "is not split: all of it becomes 'test'" in capsys.readouterr().err
     (tmp_path / "split/val").mkdir(parents=True)
     (tmp_path / "split/val/a.png").write_bytes(PNG)
     prepare(tmp_path / "split", tmp_path / "out", "validation", 8, "crop")
     assert len(open_dataset(tmp_path / "out", "val")) == 1
+    prepare(tmp_path / "in", tmp_path / "out", "train", 8, "crop")
+    assert "is not split" not in capsys.readouterr().err
 
 
 def test_names_that_a_shard_would_make_one_are_kept_apart(tmp_path: Path) -> None:

@@ -46,8 +46,7 @@ def compare(
             elsewhere += 1
     if elsewhere:
         tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table has those that it has finished")
-    alone = not any(is_held(folder) for folder in Path(plan.work_dir or plan.output_dir).glob("*/seed-*"))
-    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=alone)
+    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=_is_alone(plan))
     return summarise(plan, todo, times, shop)
 
 
@@ -59,7 +58,7 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = _planned(plan, overrides, shop)
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
-    times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan))
+    times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan), alone=_is_alone(plan))
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'training left':>14}"]
     scored = {run.out for run in todo if result_of(run) is not None}
     behind, total = done_of(todo, scored, shop), 0.0
@@ -74,6 +73,12 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
         lines.append(f"{row:32} {seeds:>9} {steps:>12} {there:>2}/{len(ours):<2} {left:>10.0f} min")
     lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>10.0f} min")
     return "\n".join(lines)
+
+
+def _is_alone(plan: CompareRecipe) -> bool:
+    """Whether no other process is at a run of this comparison, of rows that are left out here too."""
+    locks = Path(plan.work_dir or plan.output_dir).glob("*/seed-*/.lock")
+    return not any(is_held(lock.parent) for lock in locks)
 
 
 def done_of(todo: Sequence[Run], scored: Set[Path], shop: Workshop) -> dict[Path, float]:

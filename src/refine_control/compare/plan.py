@@ -18,7 +18,7 @@ TEACHES = ("teacher", "controlnets")  # keys of a recipe that are alike in all r
 # Likewise, of what the rows are scored on, and how.
 SCORED = ("evaluate", "sample", "masks", "data.controls", "data.fit", "data.resolution")
 OF_A_RUN = ("seed", "output_dir")  # which the comparison gives each
-LEARNT = (".num_inference_steps", ".steps")  # of a stage, which say how the sampler has to draw
+LEARNT = (".num_inference_steps", ".steps", ".optimizer")  # of a stage, which bear on the sampler and on the run
 # If a comparison sets them, its teacher is drawn and scored so too.
 SHARED = (*TEACHES, *SCORED, "data.labelled", "data.skip_corrupt", "run")
 

@@ -77,7 +77,8 @@ def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
 def plot_lines(lines: Mapping[str, Mapping[int, Mapping[str, Any]]], what: str, path: Path) -> None:
     """One panel for each domain and metric, in the hole; a line for each name, standard deviations as bars.
 
-    lines: name -> x -> {"mean", "spread"}, each domain -> metric -> {"hole"}. what: x is, which is drawn as its log.
+    lines: name -> x -> {"mean", "spread"}, each domain -> metric -> {"hole"}. what: the name of x, on a
+    logarithmic axis.
     """
     plt = pyplot()
     from matplotlib.ticker import NullLocator

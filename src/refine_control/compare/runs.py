@@ -122,8 +122,8 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         if kept is not None:
             if kept["identity"] != identity:
                 raise RecipeError(
-                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method, rival or "
-                    "precision; remove it, or choose another output_dir"
+                    f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method, rival, "
+                    "precision or scoring network; remove it, or choose another output_dir"
                 )
             return kept
         result = {
@@ -169,9 +169,9 @@ def _scored(
         return _scored_model(distiller.name, domains, recipe, run, distiller.controlnets, recipe.only_steps)
     if rival and rival.fill:
         return _scored_pictures(rival.fill, domains, run)
+    _refuse_other_rounding(recipe, run.work)
     if rival and rival.network:
         return _trained_network(rival, distiller, domains, recipe, run)
-    _refuse_other_rounding(recipe, run.work)
     share_stage1(recipe, run.work, method, distiller)
     return _scored_model(str(distiller.run_held(recipe, run.work, method)), domains, recipe, run)
 
@@ -182,7 +182,8 @@ def _refuse_other_rounding(recipe: DistilRecipe, work: Path) -> None:
         before, now = rounding(load(DistilRecipe, work / "recipe.yaml").run), rounding(recipe.run)
         if before != now:
             raise RecipeError(
-                f"'{work}' was begun with {before or 'fp32'}, not {now or 'fp32'}; remove it, or run it so"
+                f"'{work}' was begun with {before or 'fp32'}, not {now or 'fp32'}, and a row is of one precision; "
+                "run it so, or remove the folder, or give another work_dir and output_dir"
             )
 
 

@@ -25,9 +25,11 @@ def prepare(
     skip_corrupt: pictures that cannot be used are listed and left out, else the first of them stops it.
     """
     require_side(resolution)
-    if {split, SAME.get(split)}.isdisjoint(names := splits_of(source)):  # else an unsplit folder's would be in two
-        raise DataError(f"{source}: no split '{split}' of its own, only {', '.join(names)}; give one of these")
     dataset = open_usable(source, split, skip_corrupt)
+    if split != "train" and {split, SAME.get(split)}.isdisjoint(splits_of(source)):
+        print(
+            f"'{source}' is not split: all of it becomes '{split}'. Prepare it as no other split too", file=sys.stderr
+        )
     out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
 
