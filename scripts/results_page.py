@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refine_control.compare.claims import LEAST_CLOSED, LEAST_SHARE
 from refine_control.compare.plan import CompareRecipe, load
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
@@ -232,7 +233,8 @@ def in_short() -> list[str]:
         f"{scored['extractor']}; mean ± standard deviation over training seeds; the scores: `docs/evaluate.md`. "
         "Forwards: of the denoiser, for a picture. Training steps and pictures are the same unless the row's name "
         "says otherwise. Of what the method claims in each of two domains (`docs/results.md`) this much holds; near "
-        "the teacher: 95 % of its PSNR and SSIM, and half of the way from scratch in LPIPS, FID and CMMD."
+        f"the teacher: {LEAST_SHARE:.0%} of its PSNR and SSIM, and {LEAST_CLOSED:.0%} of the way from scratch in "
+        "LPIPS, FID and CMMD."
     )
     return [*lines, "", " ".join([said, *held]), *(["", CLIPPED] if any(map(clipped, measured)) else [])]
 

@@ -22,7 +22,8 @@ from refine_control.compare import plots
 from refine_control.compare.plan import TEACHER, CompareRecipe, base_recipe, load, runs
 from refine_control.compare.runs import Workshop
 from refine_control.compare.statistics import over_seeds
-from refine_control.compare.tables import cell, heading
+from refine_control.compare.summary import scored_on
+from refine_control.compare.tables import cell, heading, pictures_scored
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, evaluate_model
 from refine_control.evaluate.metrics import arrow
@@ -129,10 +130,9 @@ def main() -> None:
         "sample": shop.base.sample.model_dump(exclude={"num_inference_steps"}), "rows": lines,
     }  # fmt: skip
     write_whole(args.out / "scores.json", json.dumps(result, indent=1))
-    counts = " and ".join(str(len(domain.heldout.true)) for domain in shop.domains.values())
     sentence = (
-        f"Mean ± standard deviation over training seeds; {counts} held-out pictures of the two domains, the same "
-        f"noise for all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
+        f"Mean ± standard deviation over training seeds; {pictures_scored(scored_on(shop))}, the same noise for "
+        f"all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
         f"code at {shop.commit or 'no commit'}."
     )
     text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])

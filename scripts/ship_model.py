@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -88,7 +88,7 @@ def entry_of(scores: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The scores of the first of these that `evaluate` was given. Raises UserError where it was given none."""
     for name in names:
         if name in scores:
-            return cast(dict[str, Any], scores[name])
+            return dict(scores[name])
     raise UserError(f"no scores of {' or '.join(names)} there; evaluate it first")
 
 

@@ -31,6 +31,9 @@ def flag(*names: str, **options: Any) -> Flag:
     return names, options
 
 
+CONTROLNET = flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated")
+
+
 def command(
     name: str, help: str, examples: Sequence[str], flags: Sequence[Flag] = (), takes_overrides: bool = False
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from refine_control.command import command, flag, whole_number
+from refine_control.command import CONTROLNET, command, flag, whole_number
 from refine_control.errors import UserError
 
 RECIPE = flag("recipe", type=Path, help="a YAML file; the shipped ones are in recipes/")
@@ -94,7 +94,7 @@ def _train_teacher(args: argparse.Namespace) -> None:
         RECIPE,
         flag("--labelled", metavar="DIR", help="captioned pictures: a folder or shards; short for --data.labelled"),
         flag("--unlabelled", metavar="DIR", help="plain pictures for stage 2; short for --data.unlabelled"),
-        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
+        CONTROLNET,
     ],
     takes_overrides=True,
 )

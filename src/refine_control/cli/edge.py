@@ -6,7 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from refine_control.command import command, flag, plain, whole_number
+from refine_control.command import CONTROLNET, command, flag, plain, whole_number
 from refine_control.errors import UserError
 
 
@@ -27,7 +27,7 @@ from refine_control.errors import UserError
             "--precision", choices=["fp32", "fp16", "int8"], default="fp16", help="of the weights; int8 computes in it"
         ),
         flag("--out", type=Path, required=True, help="a folder; exported to the web, one holds several models"),
-        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
+        CONTROLNET,
         flag(
             "--name",
             help="what the model is called there; by default as MODEL, of runs/mine/student 'mine'",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from refine_control.command import command, flag, plain
+from refine_control.command import CONTROLNET, command, flag, plain
 from refine_control.errors import UserError, printable
 
 
@@ -16,7 +16,7 @@ from refine_control.errors import UserError, printable
     ["--model zoo:emoji-teacher --image face.png --mask hole.png --prompt 'flat cat face' --out filled.png"],
     [
         flag("--model", default="zoo:emoji-teacher", help="a saved pipeline's folder, or zoo:NAME"),
-        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
+        CONTROLNET,
         flag("--image", type=Path, required=True, help="brought to the model's resolution; the square in its middle"),
         flag("--mask", type=Path, required=True, help="white where to fill, of the picture's size"),
         flag("--prompt", default="", help="what to fill in"),
@@ -93,7 +93,7 @@ def _data(args: argparse.Namespace) -> None:
         flag("action", choices=["plan"]),
         flag("recipe", type=Path, nargs="?", help="a recipe; else give --teacher"),
         flag("--teacher", help="a saved pipeline's folder, zoo:NAME or a hub id; only its configs are read"),
-        flag("--controlnet", action="append", default=[], help="one saved on its own; may be repeated"),
+        CONTROLNET,
         flag("--target", help="bk-base, bk-small, bk-tiny, mobile or micro"),
         flag("--macs", help="at most, of foundation and module for one step of one picture, e.g. 60G"),
         flag("--params", help="at most, of foundation and module, e.g. 50M"),

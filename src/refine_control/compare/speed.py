@@ -35,7 +35,7 @@ OF = "fastest"  # which of all turns counts for a step: what else this machine d
 
 
 def measure_once(
-    path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None, alone: bool = True
+    path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None, *, alone: bool
 ) -> dict[str, Any]:
     """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured
     before, in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured,

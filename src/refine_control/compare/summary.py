@@ -43,7 +43,7 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     found = claims(plan.ours, results) if plan.proof else []
     failed = gate_failures(results)
     title = plan.title + (f" [the teacher fails its gate: {', '.join(failed)}]" if failed else "")
-    provenance = {**_provenance(results, times), "scored": _scored_on(shop), "gate_failures": failed}
+    provenance = {**_provenance(results, times), "scored": scored_on(shop), "gate_failures": failed}
     table = {
         "title": title, "ours": plan.ours, **provenance, "claims": [claim._asdict() for claim in found],
         "rows": {row.name: _figures(row, results[row.name]) for row in rows},
@@ -105,7 +105,7 @@ def _figures(row: Row, results: Results) -> dict[str, Any]:
             "made_by": made_by}  # fmt: skip
 
 
-def _scored_on(shop: Workshop) -> dict[str, dict[str, Any]]:
+def scored_on(shop: Workshop) -> dict[str, dict[str, Any]]:
     """domain -> {"n": pictures, "data": what they are of, "trained_on"}."""
     return {
         name: {

@@ -54,12 +54,16 @@ def _how(provenance: Mapping[str, Any]) -> list[str]:
         dict.fromkeys(f"{cores} cores, {gpu}, torch {torch}" for _, cores, gpu, torch in provenance["machines"])
     )
     samplers = " or ".join(f"{steps} sampler step(s), guidance {scale:g}" for steps, scale in provenance["samplers"])
-    scored = ", ".join(f"{one['n']} of {one['data']}" for one in provenance["scored"].values())
     return [
-        f"Mean ± standard deviation over training seeds; {samplers}; pictures scored: {scored}; "
+        f"Mean ± standard deviation over training seeds; {samplers}; {pictures_scored(provenance['scored'])}; "
         f"features of {extractor['extractor']}; {machines}; "
         f"code at {', '.join(provenance['commits']) or 'no commit'}. {_gate(provenance['gate_failures'])}",
     ]
+
+
+def pictures_scored(scored: Mapping[str, Mapping[str, Any]]) -> str:
+    """scored: as of `summary.scored_on`."""
+    return "pictures scored: " + ", ".join(f"{one['n']} of {one['data']}" for one in scored.values())
 
 
 def _gate(failures: Sequence[str] | None) -> str:

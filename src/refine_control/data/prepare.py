@@ -13,7 +13,7 @@ from tqdm import tqdm
 from refine_control.data.example import Example
 from refine_control.data.images import FitMode, fit_square, fit_square_mask, require_side
 from refine_control.data.shards import LONGEST_KEY, write_shards
-from refine_control.data.source import SAME, open_usable, splits_of
+from refine_control.data.source import known_as, open_usable, splits_of
 from refine_control.errors import DataError
 
 
@@ -26,7 +26,7 @@ def prepare(
     """
     require_side(resolution)
     dataset = open_usable(source, split, skip_corrupt)
-    if split != "train" and {split, SAME.get(split)}.isdisjoint(splits_of(source)):
+    if split != "train" and known_as(split, names := splits_of(source)) not in names:
         print(
             f"'{source}' is not split: all of it becomes '{split}'. Prepare it as no other split too", file=sys.stderr
         )

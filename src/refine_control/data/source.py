@@ -53,8 +53,7 @@ def open_dataset(
     if not folder.is_dir():
         reason = "is a file; give the folder that it lies in" if folder.exists() else "no such folder; check the path"
         raise DataError(f"{folder}: {reason}")
-    if split not in (names := splits_of(folder)) and SAME.get(split) in names:
-        split = SAME[split]
+    split = known_as(split, names := splits_of(folder))
     if tars := _tars(folder):
         beside = [name for name in (METADATA, *SPLITS) if os.path.lexists(folder / name)]
         if beside:
@@ -141,6 +140,11 @@ class Joined:
 
 def _keyed(part: int, key: str) -> str:
     return f"{part}:{key}"
+
+
+def known_as(split: str, names: Sequence[str]) -> str:
+    """The one of these names that a split has there: its own, or the other of val and validation; else its own."""
+    return SAME[split] if split not in names and SAME.get(split) in names else split
 
 
 def splits_of(path: str | Path) -> list[str]:
