@@ -177,16 +177,17 @@ def test_casts_of_finished_runs_against_control_and_twin(proof: Path) -> None:
 # The recipes
 
 
-def test_the_shipped_students_learn_from_the_biased_teacher_and_else_as_those_of_the_clean_one() -> None:
-    plans = {name: load(RECIPES / f"compare-{name}.yaml", {})[0] for name in ("bias", "levels")}
+@pytest.mark.parametrize(("students", "twins"), [("bias", "levels"), ("cast", "terms")])
+def test_the_shipped_students_learn_from_the_biased_teacher_and_else_as_their_twins(students: str, twins: str) -> None:
+    plans = {name: load(RECIPES / f"compare-{name}.yaml", {})[0] for name in (students, twins)}
     taught = recipes.load(TeacherRecipe, RECIPES / "biased-teacher.yaml")
-    assert base_recipe(plans["bias"], {}).teacher == f"{taught.output_dir}/model"
-    assert taught.init_from == base_recipe(plans["levels"], {}).teacher
+    assert base_recipe(plans[students], {}).teacher == f"{taught.output_dir}/model"
+    assert taught.init_from == base_recipe(plans[twins], {}).teacher
 
     def learnt(name: str) -> dict[tuple[str, int], dict[str, Any]]:
         aside = {"teacher", "output_dir"}
         return {(run.row, run.seed): run.recipe.model_dump(exclude=aside) for run in runs(plans[name], {})}
 
-    known = learnt("levels")
-    for which, recipe in learnt("bias").items():
+    known = learnt(twins)
+    for which, recipe in learnt(students).items():
         assert recipe == known[which], "its twin is found in the other comparison"
