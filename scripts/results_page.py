@@ -21,7 +21,6 @@ from refine_control.export.bench import table as table_of_bench
 ROOT = Path(__file__).parent.parent
 COMPARISONS = (
     "compare-larger",
-    "compare-headline",
     "compare-emoji",
     "compare-one-step",
     "compare-levels",
@@ -32,7 +31,7 @@ COMPARISONS = (
     "compare-rivals",
 )
 SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
-    "compare-headline": ("teacher", "scratch", "output-kd", "refine-control"),
+    "compare-larger": ("teacher", "scratch", "scratch-same-time", "output-kd", "refine-control"),
     "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic"),
     "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
 }
