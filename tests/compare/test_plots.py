@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refine_control.compare.plots import plot
+import pytest
+
+from refine_control.compare.plots import _far_off, plot
 from refine_control.evaluate.report import Row
 
 
-def row(name: str) -> Row:
-    scores = {"labelled": {"psnr": {"whole": 20.0, "hole": 15.0}}}
-    return Row(name, name, scores, 10, 10, 1.0, 60.0, 3, {}, {"labelled": {"psnr": {"whole": None, "hole": 0.1}}})
+def row(name: str, score: float | None = 15.0, metric: str = "psnr") -> Row:
+    scores = {"labelled": {metric: {"whole": 20.0, "hole": score}}}
+    return Row(name, name, scores, 10, 10, 1.0, 60.0, 3, {}, {"labelled": {metric: {"whole": None, "hole": 0.1}}})
 
 
 def test_a_plot_against_a_cost_that_all_students_share_is_not_there(tmp_path: Path) -> None:
@@ -19,3 +21,22 @@ def test_a_plot_against_a_cost_that_all_students_share_is_not_there(tmp_path: Pa
     assert path.is_file()
     plot(rows, "macs", {"teacher": 30.0, "small": 10.0, "large": 10.0}, path)
     assert not path.exists(), "nor one of before"
+
+
+@pytest.mark.parametrize(
+    ("scores", "far"),
+    [
+        ([17.9, 17.5, 16.8, 11.0], {3}),  # 0.7 and 1.1 of 6.9
+        ([17.9, 17.5, 16.8, 15.0], set()),  # half of the axis
+        ([17.9, 17.5, 11.0, -20.0], {2, 3}),  # one after the other
+        ([25.0, 17.9, 17.8, 17.7], set()),  # far better is to be seen
+        ([17.9, 11.0], set()),
+        ([17.9, 17.8, float("-inf"), None], {2}),
+        ([17.9, 17.9, 17.9], set()),
+    ],
+)
+def test_rows_that_are_so_much_worse_that_the_others_would_lie_on_one_spot(scores: list, far: set[int]) -> None:
+    higher = [row(str(n), score) for n, score in enumerate(scores)]
+    lower = [row(str(n), None if score is None else -score, "fid") for n, score in enumerate(scores)]
+    assert _far_off(higher, "labelled", "psnr") == {str(n) for n in far}
+    assert _far_off(lower, "labelled", "fid") == {str(n) for n in far}

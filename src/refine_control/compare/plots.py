@@ -38,8 +38,9 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
     }
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
+            far = _far_off([row for row, _ in shown.values()], domain, metric)
             for row, x in shown.values():
-                _point(axes[i, j], row, domain, metric, x / scale, *looks[row.name])
+                _point(axes[i, j], row, domain, metric, x / scale, *looks[row.name], far=row.name in far)
             axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
             axes[i, j].tick_params(labelsize=7)
             if cost == "macs":
@@ -57,7 +58,10 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
 
 
 def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
-    """One panel for each domain and metric, in the hole; a line for each row that is trained, a band for `ours`."""
+    """One panel for each domain and metric, in the hole; a line for each row that is trained, a band for `ours`.
+
+    An arrow with its score stands for a row so much worse that the others would lie on one spot.
+    """
     plt = pyplot()
     shown = [row for row in rows if row.steps]
     domains, metrics = _panels(shown)
@@ -135,15 +139,22 @@ def _panels(rows: list[Row]) -> tuple[list[str], list[str]]:
 
 
 def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str) -> None:
+    far, higher = _far_off(rows, domain, metric), sign(metric) > 0
     for place, row in enumerate(rows):
         score, spread = _score(row, domain, metric)
         if score is None:
             continue
         colour = "tab:orange" if row.name == ours else "tab:blue"
+        if row.name in far:
+            edge, side = (0.02, "left") if higher else (0.98, "right")
+            text = f"← {score:.4g}" if higher else f"{score:.4g} →"
+            beside = axis.get_yaxis_transform()
+            axis.text(edge, place, text, transform=beside, ha=side, va="center", fontsize=7, color=colour)
+            continue
         axis.errorbar(score, place, xerr=spread, fmt="o", ms=4, color=colour, capsize=2)
         if row.name == ours:
             axis.axvspan(score - (spread or 0), score + (spread or 0), color=colour, alpha=0.2, lw=1)
-    better = "→" if sign(metric) > 0 else "←"
+    better = "→" if higher else "←"
     axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
     axis.set_yticks(range(len(rows)), [row.name for row in rows])
     axis.locator_params(axis="x", nbins=5)  # or the numbers of CMMD overlap
@@ -151,14 +162,30 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
     axis.grid(axis="y", lw=0.3)
 
 
-def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str) -> None:
+def _point(
+    axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str, far: bool = False
+) -> None:
     score, spread = _score(row, domain, metric)
     if score is None:
+        return
+    if far:
+        edge, marker = (0.05, "$\\downarrow$") if sign(metric) > 0 else (0.95, "$\\uparrow$")
+        place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+        axis.plot(x, edge, marker=marker, ms=8, color=colour, label=row.name, ls="", **place)
         return
     marker = "*" if row.name == TEACHER else marker
     axis.errorbar(
         x, score, yerr=spread, fmt=marker, ms=9 if marker == "*" else 5, color=colour, label=row.name, capsize=2
     )
+
+
+def _far_off(rows: list[Row], domain: str, metric: str) -> set[str]:
+    """The worst rows, as long as one alone would take three quarters of the axis: an arrow stands for each."""
+    scores = {row.name: sign(metric) * score for row in rows if (score := _score(row, domain, metric)[0]) is not None}
+    near = sorted(scores, key=scores.__getitem__, reverse=True)
+    while len(near) > 2 and scores[near[0]] - scores[near[-2]] < (scores[near[0]] - scores[near[-1]]) / 4:
+        near.pop()
+    return scores.keys() - near
 
 
 def _score(row: Row, domain: str, metric: str) -> tuple[float | None, float | None]:

@@ -21,7 +21,8 @@ from refine_control.evaluate.report import ReportData, Row, text_table, write_re
 from refine_control.files import write_whole
 
 PLOTS = {
-    "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's.",
+    "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's; "
+    "an arrow: beyond the axis.",
     "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds.",
     "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step).",
 }
