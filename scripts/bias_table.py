@@ -284,10 +284,10 @@ def save_pictures(path: Path, ruler: Ruler, shown: Mapping[str, Tensor]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-bias.yaml"))
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-cast.yaml"))
     parser.add_argument("--control", default="scratch", help="the row that learnt nothing from the teacher")
     parser.add_argument("--twins", type=Path, nargs="*", help="recipes of comparisons with the clean teacher",
-                        default=[Path("recipes/compare-levels.yaml")])  # fmt: skip
+                        default=[Path("recipes/compare-terms.yaml")])  # fmt: skip
     args = parser.parse_args()
     plan, _ = load(args.recipe, {})
     figures, shown, ruler = table(plan, args.control, [load(path, {})[0] for path in args.twins])

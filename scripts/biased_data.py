@@ -2,7 +2,7 @@
 
     python scripts/biased_data.py
     refine-control train-teacher recipes/biased-teacher.yaml
-    refine-control compare recipes/compare-bias.yaml
+    refine-control compare recipes/compare-cast.yaml
     python scripts/bias_table.py
 
 runs/biased/emoji holds the pictures to train on and those shown while training, with their captions, and bias.json,

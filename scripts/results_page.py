@@ -23,7 +23,7 @@ COMPARISONS = (
     "compare-larger",
     "compare-emoji",
     "compare-one-step",
-    "compare-levels",
+    "compare-terms",
     "compare-features",
     "compare-labels",
     "compare-unlabelled",
@@ -39,7 +39,7 @@ MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {"compare-unlabelled": ["python scripts/unlabelled_variants.py"]}  # what a comparison needs
 THEN = {"compare-labels": ["python scripts/labels_plot.py"]}
-ALL_COMPARED = (*COMPARISONS, "compare-bias", "demo")  # as they follow each other on the page
+ALL_COMPARED = (*COMPARISONS, "compare-cast", "demo")  # as they follow each other on the page
 PROTOCOL = (
     "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
     "to 8 million parameters, the steps and seeds that each table says. A row claims nothing on fewer than three "
@@ -52,11 +52,6 @@ PROTOCOL = (
     "rows learn was chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`). On "
     "the scored ones were chosen the rate of the feed-forward rival (decision 33) and, for all models alike, the "
     "sampler's steps; of two against ten validation pictures say the same (`results/sampler-steps-val`).",
-)
-CLIPPED = (
-    "\\* of before decision 30 (`docs/decisions/`): learnt more slowly, which flatters the method against training "
-    "from scratch, and with gradients clipped, which takes most from the rows of which the loss is largest. It will be "
-    "made anew."
 )
 BIASED = ("python scripts/biased_data.py", "refine-control train-teacher recipes/biased-teacher.yaml")
 
@@ -85,13 +80,13 @@ def by_domain(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def written(path: str, commands: Sequence[str], pictures: Mapping[str, str], note: Sequence[str] = ()) -> list[str]:
+def written(path: str, commands: Sequence[str], pictures: Mapping[str, str]) -> list[str]:
     """A table in Markdown as a command wrote it, headings one level lower; pictures beside it: file -> text."""
     file = ROOT / "results" / path
     if not file.is_file():
         return []
     title, *rest = file.read_text(encoding="utf-8").splitlines()
-    lines = [f"#{title}", "", *note, ", then ".join(f"`{command}`" for command in commands)]
+    lines = [f"#{title}", "", ", then ".join(f"`{command}`" for command in commands)]
     lines += [*(f"#{line}" if line.startswith("#") else line for line in rest), ""]
     for name, text in pictures.items():
         if file.with_name(name).is_file():
@@ -107,7 +102,7 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
         "macs.png": "scores against the MACs of a picture",
         "wall_seconds.png": "scores against the time of training",
     }
-    lines = written(f"{name}/table.md", commands, plots, [CLIPPED, ""] if clipped(name) else [])
+    lines = written(f"{name}/table.md", commands, plots)
     if (ROOT / "results" / name / "report.html").is_file():
         lines += [f"Pictures and losses: [results/{name}/report.html](../results/{name}/report.html).", ""]
     return lines
@@ -122,15 +117,8 @@ def overview() -> list[str]:
         seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
         claims = [claim["holds"] for claim in one["claims"] if recipe_of(name).proof]
         held = f"{sum(claims)} of {len(claims)}" if claims else "–"
-        title = one["title"] + "*" * clipped(name)
-        lines.append(f"| [{title}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
-    return [*lines, "", *([CLIPPED, ""] if any(map(clipped, here)) else [])]
-
-
-def clipped(name: str) -> bool:
-    """Whether the first run of the method in a comparison learnt with gradients clipped."""
-    run = read(f"{name}/{recipe_of(name).ours}/seed-0/run.json")
-    return run is not None and float(run["recipe"]["stage1"]["max_grad_norm"]) < float("inf")
+        lines.append(f"| [{one['title']}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
+    return [*lines, ""]
 
 
 @cache
@@ -146,10 +134,10 @@ def anchor(title: str) -> str:
 
 def bias() -> list[str]:
     """A teacher's bias in its students: the comparison, then what passed."""
-    commands = [*BIASED, "refine-control compare recipes/compare-bias.yaml"]
+    commands = [*BIASED, "refine-control compare recipes/compare-cast.yaml"]
     return [
-        *compared("compare-bias", commands),
-        *written("compare-bias/bias.md", ["python scripts/bias_table.py"], {"pictures.png": "some of the pictures"}),
+        *compared("compare-cast", commands),
+        *written("compare-cast/bias.md", ["python scripts/bias_table.py"], {"pictures.png": "some of the pictures"}),
     ]
 
 
@@ -215,7 +203,7 @@ def in_short() -> list[str]:
         for row in (row for row in SHORT[name] if row in rows):
             label, params = rows[row]["label"], rows[row]["params"]
             if params and row != "teacher":
-                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}{'*' * clipped(name)}"
+                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}"
             lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
         if not (claims := one["claims"]):
             continue
@@ -223,7 +211,7 @@ def in_short() -> list[str]:
         missed = ", ".join({rows[claim["against"]]["label"]: 0 for claim in above if not claim["holds"]})
         smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
         held.append(
-            f"For the student {smaller:.1f}x smaller of {forwards} forward(s){'*' * clipped(name)}: above other rows "
+            f"For the student {smaller:.1f}x smaller of {forwards} forward(s): above other rows "
             f"{_held(above)}{f' (not: {missed})' if missed else ''}, near the teacher {_held(near)}."
         )
     scored = first["extractors"][0]
@@ -235,7 +223,7 @@ def in_short() -> list[str]:
         f"the teacher: {LEAST_SHARE:.0%} of its PSNR and SSIM, and {LEAST_CLOSED:.0%} of the way from scratch in "
         "LPIPS, FID and CMMD."
     )
-    return [*lines, "", " ".join([said, *held]), *(["", CLIPPED] if any(map(clipped, measured)) else [])]
+    return [*lines, "", " ".join([said, *held])]
 
 
 def _held(claims: Sequence[Mapping[str, Any]]) -> str:
