@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ MARKERS = "osD^"
 def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Path) -> None:
     """One panel for each domain and metric, in the hole; a point for each row that has this cost.
 
+    An arrow stands for a row so much worse that the others would lie on one spot.
     cost: one of COSTS. costs: row -> what it costs, None for nothing.
     """
     plt = pyplot()
@@ -148,8 +150,8 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
         if row.name in far:
             edge, side = (0.02, "left") if higher else (0.98, "right")
             text = f"← {score:.4g}" if higher else f"{score:.4g} →"
-            beside = axis.get_yaxis_transform()
-            axis.text(edge, place, text, transform=beside, ha=side, va="center", fontsize=7, color=colour)
+            at_edge = axis.get_yaxis_transform()
+            axis.text(edge, place, text, transform=at_edge, ha=side, va="center", fontsize=7, color=colour)
             continue
         axis.errorbar(score, place, xerr=spread, fmt="o", ms=4, color=colour, capsize=2)
         if row.name == ours:
@@ -157,33 +159,31 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
     better = "→" if higher else "←"
     axis.set_title(f"{metric} {better}\n{domain}", fontsize=8)
     axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.locator_params(axis="x", nbins=5)  # or the numbers of CMMD overlap
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", lw=0.3)
 
 
-def _point(
-    axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str, far: bool = False
-) -> None:
+def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str, far: bool) -> None:
     score, spread = _score(row, domain, metric)
     if score is None:
         return
-    if far:
-        edge, marker = (0.05, "$\\downarrow$") if sign(metric) > 0 else (0.95, "$\\uparrow$")
-        place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-        axis.plot(x, edge, marker=marker, ms=8, color=colour, label=row.name, ls="", **place)
-        return
     marker = "*" if row.name == TEACHER else marker
-    axis.errorbar(
-        x, score, yerr=spread, fmt=marker, ms=9 if marker == "*" else 5, color=colour, label=row.name, capsize=2
-    )
+    size = 9 if marker == "*" else 5
+    if far:
+        edge, arrow = (0.05, "$\\downarrow$") if sign(metric) > 0 else (0.95, "$\\uparrow$")
+        axis.plot(x, edge, marker=arrow, ms=8, color=colour, ls="", transform=axis.get_xaxis_transform())
+        axis.errorbar([], [], fmt=marker, ms=size, color=colour, label=row.name)  # for the legend
+        return
+    axis.errorbar(x, score, yerr=spread, fmt=marker, ms=size, color=colour, label=row.name, capsize=2)
 
 
 def _far_off(rows: list[Row], domain: str, metric: str) -> set[str]:
-    """The worst rows, as long as one alone would take three quarters of the axis: an arrow stands for each."""
+    """The worst rows, as long as one alone would take three quarters of the axis; three or more are not far off."""
     scores = {row.name: sign(metric) * score for row in rows if (score := _score(row, domain, metric)[0]) is not None}
-    near = sorted(scores, key=scores.__getitem__, reverse=True)
-    while len(near) > 2 and scores[near[0]] - scores[near[-2]] < (scores[near[0]] - scores[near[-1]]) / 4:
+    near = sorted((name for name in scores if isfinite(scores[name])), key=scores.__getitem__, reverse=True)
+    while len(near) > 3 and scores[near[0]] - scores[near[-2]] < (scores[near[0]] - scores[near[-1]]) / 4:
         near.pop()
     return scores.keys() - near
 

@@ -23,8 +23,10 @@ from refine_control.files import write_whole
 PLOTS = {
     "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's; "
     "an arrow: beyond the axis.",
-    "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds.",
-    "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step).",
+    "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds; "
+    "an arrow: beyond the axis.",
+    "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step); "
+    "an arrow: beyond the axis.",
 }
 
 
