@@ -204,6 +204,15 @@ def test_a_check_takes_all_splits(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [line.split(" pictures")[0] for line in capsys.readouterr().out.splitlines()] == ["train: 3", "test: 2"]
 
 
+def test_a_check_tells_of_pictures_beside_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_folder(tmp_path / "train", 3)
+    (tmp_path / "more").mkdir()
+    for stray in (tmp_path / "a.png", tmp_path / "more/B.PNG", tmp_path / ".hidden.png"):
+        shutil.copy(tmp_path / "train/0.png", stray)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "2 pictures lie beside train, not read" in capsys.readouterr().out
+
+
 def test_plan_names_the_cost_before_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["student", "plan", str(workplace / "recipe.yaml")]) == 0
     assert "fewer parameters" in capsys.readouterr().out

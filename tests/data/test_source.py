@@ -13,7 +13,7 @@ from refine_control.data.example import Example
 from refine_control.data.folders import FolderDataset
 from refine_control.data.images import encode_png
 from refine_control.data.shards import ShardDataset, write_shards
-from refine_control.data.source import check, open_dataset, open_usable, splits_of
+from refine_control.data.source import beside_splits, check, open_dataset, open_usable, splits_of
 from refine_control.errors import DataError
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -55,9 +55,11 @@ def test_several_folders_are_one_behind_the_other(tmp_path: Path) -> None:
 def test_the_splits_that_there_are(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     assert splits_of(tmp_path) == ["train"]
+    assert beside_splits(tmp_path) == 0
     put(tmp_path / "test/a.png")
     put(tmp_path / "train/a.png")
     assert splits_of(tmp_path) == ["train", "test"]
+    assert beside_splits(tmp_path) == 1
     for split in ("train", "val"):
         write_shards([Example("a", IMAGE)], tmp_path / "shards", split)
     assert splits_of(tmp_path / "shards") == ["train", "val"]

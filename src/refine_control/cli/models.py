@@ -58,7 +58,7 @@ def _generate(args: argparse.Namespace) -> None:
 )
 def _data(args: argparse.Namespace) -> None:
     from refine_control.data.prepare import prepare
-    from refine_control.data.source import check, open_dataset, splits_of
+    from refine_control.data.source import beside_splits, check, open_dataset, splits_of
 
     if args.action == "prepare":
         if args.out is None:
@@ -77,6 +77,8 @@ def _data(args: argparse.Namespace) -> None:
         captions, pictures = sum(dataset.text(i) is not None for i in usable), len(dataset) + len(lines)
         print(f"{split}: {pictures} pictures, {captions} with captions, {len(faults)} cannot be used")
         unusable, total = unusable + len(faults), total + pictures
+    if beside := beside_splits(args.folder):
+        print(f"{beside} pictures lie beside {', '.join(splits_of(args.folder))}, not read; move them into one")
     if unusable:
         raise UserError(f"{unusable} of {total} pictures cannot be used; replace them, or skip_corrupt leaves them out")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from refine_control.data.example import Example
 from refine_control.data.folders import METADATA, FolderDataset, refuse_escape
-from refine_control.data.images import MAX_PIXELS
+from refine_control.data.images import MAX_PIXELS, SUFFIXES
 from refine_control.data.shards import ShardDataset
 from refine_control.errors import DataError
 from refine_control.files import cores
@@ -152,6 +152,15 @@ def splits_of(path: str | Path) -> list[str]:
     folder = Path(path)
     shards = {_name(tar) or "train" for tar in _tars(folder)}
     return sorted(shards) or [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
+
+
+def beside_splits(path: str | Path) -> int:
+    """How many pictures lie in a folder that is split, but in none of its splits: nothing reads them."""
+    folder = Path(path)
+    if _tars(folder) or not any((folder / name).is_dir() for name in SPLITS):
+        return 0
+    pictures = (found for found in folder.rglob("[!.]*") if found.name.lower().endswith(SUFFIXES))
+    return sum(found.relative_to(folder).parts[0] not in SPLITS for found in pictures)
 
 
 def _tars(folder: Path) -> list[Path]:
