@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
 from refine_control.compare import sharing, speed, tables
-from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load
+from refine_control.compare.plan import CompareRecipe, Run, base_recipe, load, narrowed
 from refine_control.distill.learner import Learner
 from refine_control.errors import RecipeError, UserError
 from refine_control.evaluate.report import Row
@@ -219,10 +218,19 @@ def test_what_another_process_is_at_is_left_to_it(base: Path, tmp_path: Path) ->
         comparing.compare(plan, {})
     table = json.loads((tmp_path / "results/scores.json").read_text())
     assert set(table["rows"]) == {"teacher", "telea", "refine-control"}
-    assert not (tmp_path / "results/speed.json").exists(), "times beside another process's work are not kept"
+    assert table["rows"]["refine-control"]["wall_seconds"] is None, "all takes longer beside another process's work"
+    assert not (tmp_path / "results/speed.json").exists()
     comparing.compare(plan, {})
     assert (tmp_path / "results/speed.json").exists()
     assert "scratch" in json.loads((tmp_path / "results/scores.json").read_text())["rows"]
+
+
+def test_the_tables_are_of_all_that_is_complete_whatever_is_trained(base: Path, whole: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    shutil.rmtree(tmp_path / "results/telea")
+    comparing.compare(plan, {}, part=narrowed(plan, ["telea"], [0]))
+    assert scores(tmp_path) == scores(whole)
 
 
 def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path, tmp_path: Path) -> None:
@@ -277,9 +285,10 @@ def test_times_are_of_the_work_that_was_measured(base: Path, tmp_path: Path, mon
     monkeypatch.setattr(speed, "forward_times", lambda runs, shop: {})
     shop = running.Workshop(recipe)
 
-    def times_measured(alone: bool = True, **changes: Any) -> int:
-        run = Run("a", 0, recipe.model_copy(update=changes), None, base, base)
-        speed.measure_once(tmp_path / "speed.json", [run], shop, alone=alone)
+    def times_measured(**changes: Any) -> int:
+        run, file = Run("a", 0, recipe.model_copy(update=changes), None, base, base), tmp_path / "speed.json"
+        if speed.kept_times([file], [run], shop) is None:
+            file.write_text(json.dumps(speed.measure([run], shop)))
         return len(measured)
 
     half = {"stage2": recipe.stage2.model_copy(update={"steps": 0})}
@@ -287,7 +296,6 @@ def test_times_are_of_the_work_that_was_measured(base: Path, tmp_path: Path, mon
     assert [times_measured(), times_measured()] == [2, 2], "of stage 2 nothing was known"
     assert times_measured(teacher="another") == 3
     assert times_measured(data=recipe.data.model_copy(update={"resolution": 64})) == 4
-    assert [times_measured(alone=False), times_measured(alone=False)] == [5, 6], "not kept"
 
 
 def test_a_dry_run_takes_the_times_of_the_table(
@@ -302,6 +310,10 @@ def test_a_dry_run_takes_the_times_of_the_table(
     assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
     assert not (tmp_path / "work/planned-speed.json").exists()
     told = json.loads((tmp_path / "results/speed.json").read_text())
+    slow = {row: dict.fromkeys(stages, 60e3) for row, stages in told["step_ms"].items()}  # a minute a step
+    (tmp_path / "results/speed.json").write_text(json.dumps(told | {"step_ms": slow}))
+    line = next(line for line in comparing.dry_run(plan_of(base, tmp_path), {}).splitlines() if "scratch" in line)
+    assert line.split("2/2")[1].split() == ["5.0", "min", "0", "min"], "what a run takes, and that none is left"
     for other in ({"of": "median"}, {"machine": told["machine"] | {"processor": "another"}}):  # by an earlier version
         (tmp_path / "results/speed.json").write_text(json.dumps(told | other))
         with pytest.raises(AssertionError):
@@ -405,20 +417,6 @@ def test_a_row_is_not_trained_in_two_precisions(base: Path, tmp_path: Path) -> N
     recipes.save(begun, run.work / "recipe.yaml")
     with pytest.raises(UserError, match=r"begun with .*bf16.*, not fp32"):
         running.finish(run, shop)
-
-
-def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for words in (
-        ["init", "-q"],
-        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
-    ):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    file = tmp_path / ".venv/refine_control/compare/runs.py"
-    file.parent.mkdir(parents=True)
-    monkeypatch.setattr(running, "__file__", str(file))
-    assert running._commit() == ""
 
 
 def test_a_label_may_hold_what_parts_cells() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from refine_control.errors import DataError
+from refine_control.evaluate import saved
 from refine_control.evaluate.saved import evaluate
 from refine_control.recipe import DistilRecipe
 from tiny import distil_recipe, stage, write_folder
@@ -65,3 +67,17 @@ def test_a_data_set_that_has_a_test_split_alone_is_enough(tmp_path: Path) -> Non
     data = recipe.data.model_copy(update={"labelled": str(tmp_path / "tested"), "unlabelled": None})
     found = scored(recipe.model_copy(update={"data": data}), recipe.teacher)
     assert "trained_on" not in found["provenance"][0]
+
+
+def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    file = tmp_path / ".venv/refine_control/evaluate/saved.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(saved, "__file__", str(file))
+    assert saved.commit() == ""

@@ -14,7 +14,7 @@ SEEDS = "of the training: whole numbers with commas between"
 
 SHARED = [
     flag("--seeds", help=SEEDS + "; by default the recipe's"),
-    flag("--dry-run", action="store_true", help="print the plan: rows, seeds, steps, minutes of training left"),
+    flag("--dry-run", action="store_true", help="print the plan: rows, seeds, steps, minutes of training"),
 ]
 
 
@@ -45,7 +45,7 @@ def _demo(args: argparse.Namespace) -> None:
     ],
     [
         RECIPE,
-        flag("--rows", help="some of the recipe's rows, with commas between"),
+        flag("--rows", help="what is trained, with commas between; tables are of all runs that are complete"),
         *SHARED,
         flag("--finished", action="store_true", help="train nothing; write the tables of the runs that are complete"),
         flag("--rival", type=Path, action="append", default=[], help="a file that defines a rival; may be repeated"),
@@ -59,11 +59,13 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError("--seed: rows are compared over several seeds; give --seeds 5, or --seeds 0,1,2")
     loaded, overrides = plan.load(args.recipe, args.overrides)
     seeds = [whole_number(seed, "--seeds", most=2**64 - 1) for seed in args.seeds.split(",")] if args.seeds else None
-    loaded = plan.narrowed(loaded, args.rows.split(",") if args.rows else None, seeds)
+    if args.finished and (args.rows or args.seeds):
+        raise UserError("--finished: the tables are of all runs that are complete; leave --rows and --seeds out")
+    part = plan.narrowed(loaded, args.rows.split(",") if args.rows else None, seeds)
     if args.dry_run:
-        print(compare.dry_run(loaded, overrides, args.rival))
+        print(compare.dry_run(part, overrides, args.rival))
         return
-    table = compare.compare(loaded, overrides, args.rival, args.finished)
+    table = compare.compare(loaded, overrides, args.rival, args.finished, part)
     print(f"\n{table}\nreport: {loaded.output_dir}/report.html\ntables: {loaded.output_dir}/table.md")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence, Set
 from pathlib import Path
 
@@ -11,31 +12,43 @@ from refine_control.compare.claims import CLASSICAL
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
 from refine_control.compare.runs import Workshop, finish, result_of
 from refine_control.compare.sharing import finished, planned_beginning
-from refine_control.compare.speed import measure_once, minutes
+from refine_control.compare.speed import Times, kept_times, measure, minutes, untimed
 from refine_control.compare.summary import summarise
 from refine_control.distill.checkpoint import step_of
 from refine_control.distill.distil import with_known_commits
-from refine_control.distill.processes import refuse_processes
-from refine_control.errors import BusyError, RecipeError
+from refine_control.distill.processes import pick_device, refuse_processes
+from refine_control.errors import BusyError, RecipeError, UserError
 from refine_control.evaluate.domains import check_fillable
-from refine_control.files import is_held
+from refine_control.evaluate.saved import machine
+from refine_control.files import is_held, write_whole
 
 
 def compare(
-    plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = (), finished_only: bool = False
+    plan: CompareRecipe,
+    overrides: dict[str, str],
+    rivals: Sequence[Path] = (),
+    finished_only: bool = False,
+    part: CompareRecipe | None = None,
 ) -> str:
     """Trains and scores every row with every seed, resuming what is there. Returns the table, to be printed.
 
-    Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, scores.json, table.md, table.csv, plots
-    and report.html; in work_dir: ROW/seed-N/ with the student, losses and checkpoints. Started twice, two
-    processes share the runs out.
+    Writes, in output_dir: ROW/seed-N/run.json and pictures.png, speed.json, and of all runs that are complete
+    scores.json, table.md, table.csv, plots and report.html; in work_dir: ROW/seed-N/ with the student, losses and
+    checkpoints. Started twice, two processes share the runs out.
 
     overrides: of the base recipe. rivals: files beside those in compare/rivals/. finished_only: nothing is trained or
-    scored, the tables are of the runs that are complete.
+    scored. part: `narrowed`, the rows and seeds that are trained.
+
+    Raises:
+        UserError: runs that are there were made on another device.
     """
     refuse_processes("compare")
     shop = Workshop(base_recipe(plan, overrides), rivals)
-    todo = [run for run in _planned(plan, overrides, shop) if not finished_only or result_of(run) is not None]
+    every = _planned(plan, overrides, shop)
+    todo = [] if finished_only else _planned(part, overrides, shop) if part else every
+    chosen = {run.out for run in todo}
+    todo += [run for run in every if run.out not in chosen and result_of(run) is not None]
+    _refuse_mixed_devices(todo)
     if any(run.rival in CLASSICAL for run in todo):
         check_fillable(shop.domains)
     elsewhere = 0
@@ -46,37 +59,72 @@ def compare(
             elsewhere += 1
     if elsewhere:
         tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table has those that it has finished")
-    times = measure_once(_speed_file(plan), _trained(todo, shop), shop, alone=_is_alone(plan))
-    return summarise(plan, todo, times, shop)
+    there = _in_order([run for run in todo if result_of(run) is not None], plan)
+    return summarise(plan, there, _times(plan, _trained(there, shop), shop), shop)
+
+
+def _times(plan: CompareRecipe, rows: Sequence[Run], shop: Workshop) -> Times:
+    """As they were measured before, or now; none while another process trains."""
+    if times := kept_times([_speed_file(plan)], rows, shop):
+        return times
+    if not _is_alone(plan):
+        tqdm.write("another process is training: the table is without times, of the last that ends it has them")
+        return untimed()
+    times = measure(rows, shop)
+    write_whole(_speed_file(plan), json.dumps(times, indent=1))
+    return times
+
+
+def _in_order(todo: Sequence[Run], plan: CompareRecipe) -> list[Run]:
+    """As the plan has its rows, each from its first seed on."""
+    rows = [TEACHER, *plan.rows]
+    return sorted(todo, key=lambda run: (rows.index(run.row), run.seed))
+
+
+def _refuse_mixed_devices(todo: Sequence[Run]) -> None:
+    """Of the results that are there, and of the runs that are left to do."""
+    devices = set()
+    for run in todo:
+        result = result_of(run) or {"machine": machine(), "device": pick_device(run.recipe.run.device).type}
+        gpu, used = result["machine"]["gpu"], result.get("device")  # the latter is not in results of earlier versions
+        devices.add(gpu if gpu and used != "cpu" else (used or "cpu").upper())
+    if len(devices) > 1:
+        raise UserError(f"the runs are of different devices ({', '.join(sorted(devices))}); give each an output_dir")
 
 
 def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Path] = ()) -> str:
-    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long training the rest takes here.
+    """What `compare` would do, as a table: rows, seeds, steps, what is there, how long training takes here, of a run
+    from its first step and of what is left to do.
 
     What it measures for that it keeps in work_dir, beside no table's own times.
     """
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = _planned(plan, overrides, shop)
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
-    times = measure_once(planned, _trained(todo, shop), shop, other=_speed_file(plan), alone=_is_alone(plan))
-    lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'training left':>14}"]
+    times = kept_times([planned, _speed_file(plan)], _trained(todo, shop), shop)
+    if times is None:
+        times = measure(_trained(todo, shop), shop)
+        if _is_alone(plan):
+            write_whole(planned, json.dumps(times, indent=1))
+    lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'a run':>10} {'left':>10}"]
     scored = {run.out for run in todo if result_of(run) is not None}
     behind, total = done_of(todo, scored, shop), 0.0
     for row in dict.fromkeys(run.row for run in todo):
         ours = [run for run in todo if run.row == row]
         there = sum(run.out in scored for run in ours)
-        left = sum((minutes(run, times) or 0) * (1 - behind[run.out]) for run in ours)
+        whole = minutes(ours[0], times) or 0
+        left = sum(whole * (1 - behind[run.out]) for run in ours)
         total += left
         counts = [str(stage.steps) for stage in ours[0].recipe.stages.values() if stage.steps]
         steps = " + ".join(counts) if row in times["step_ms"] else "-"
         seeds = ",".join(str(run.seed) for run in ours)
-        lines.append(f"{row:32} {seeds:>9} {steps:>12} {there:>2}/{len(ours):<2} {left:>10.0f} min")
-    lines.append(f"{'':32} {'':9} {'':12} {'':5} {total:>10.0f} min")
+        lines.append(f"{row:32} {seeds:>9} {steps:>12} {there:>2}/{len(ours):<2} {whole:>6.1f} min {left:>6.0f} min")
+    lines.append(f"{'':32} {'':9} {'':12} {'':5} {'':10} {total:>6.0f} min")
     return "\n".join(lines)
 
 
 def _is_alone(plan: CompareRecipe) -> bool:
-    """Whether no other process is at a run of this comparison, of rows that are left out here too."""
+    """Whether no other process is at a run of this comparison."""
     locks = Path(plan.work_dir or plan.output_dir).glob("*/seed-*/.lock")
     return not any(is_held(lock.parent) for lock in locks)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
-from refine_control.evaluate.saved import machine
+from refine_control.evaluate.saved import commit, machine
 from refine_control.files import hold, write_whole
 from refine_control.recipe import DistilRecipe, load
 
@@ -46,7 +45,7 @@ class Workshop:
     rivals: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        self.commit = _commit()  # now, before anybody changes what is running
+        self.commit = commit()  # now, before anybody changes what is running
         self._distillers: dict[tuple[str, str], Distiller] = {}  # of a teacher, of data
         self._found: dict[str, Rival] = {}
 
@@ -78,22 +77,6 @@ class Workshop:
         """Whether the row learns: the teacher and inpainting without training need no second seed."""
         rival = self.rival(run)
         return run.row != TEACHER and (rival is None or rival.fill is None)
-
-
-def _commit() -> str:
-    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
-    source = Path(__file__).parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "compare/runs.py")  # not that of one in which an environment lies
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def result_of(run: Run) -> dict[str, Any] | None:

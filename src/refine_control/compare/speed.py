@@ -10,10 +10,11 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,42 +29,40 @@ from refine_control.distill.processes import gather, share_out
 from refine_control.distill.stages import Distillation
 from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.saved import machine
-from refine_control.files import write_whole
 
+Times = dict[str, Any]
 ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its first turns are not counted
 OF = "fastest"  # which of all turns counts for a step: what else this machine does only adds to one
 
 
-def measure_once(
-    path: Path, runs: Sequence[Run], shop: Workshop, other: Path | None = None, *, alone: bool
-) -> dict[str, Any]:
-    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns"}: as it was measured
-    before, in `path` or `other`, where that had these rows with these recipes, on such a machine; else it is measured,
-    and kept in `path` where this process is alone at it: beside others that train, all takes longer.
-    """
-    recipes = {
+def kept_times(paths: Sequence[Path], runs: Sequence[Run], shop: Workshop) -> Times | None:
+    """What `measure` kept in one of the files, if that had these rows with these recipes, on such a machine."""
+    recipes = _recipes(runs, shop)
+    for file in paths:
+        with suppress(OSError, ValueError, KeyError):  # not there, torn, or of another version
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["of"] == OF and recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
+                return cast(Times, kept)
+    return None
+
+
+def measure(runs: Sequence[Run], shop: Workshop) -> Times:
+    """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns", ...}."""
+    return {**untimed(), "step_ms": step_times(runs, shop), "forward_ms": forward_times(runs, shop),
+            "recipes": _recipes(runs, shop)}  # fmt: skip
+
+
+def untimed() -> Times:
+    """As `measure`, of no row: beside another process's training all takes longer."""
+    return {"step_ms": {}, "forward_ms": {}, "of": OF, "rounds": ROUNDS, "turns": TURNS, "machine": machine()}
+
+
+def _recipes(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, str]]:
+    """Row -> stage -> what decides the time of its step."""
+    return {
         run.row: {name: _kind(run, name, shop) for name, stage in run.recipe.stages.items() if stage.steps}
         for run in runs
     }
-    for file in filter(None, (path, other)):
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["of"] == OF and recipes.items() <= kept["recipes"].items() and kept["machine"] == machine():
-                return kept
-        except (OSError, ValueError, KeyError):  # not there, torn, or of another version
-            pass
-    measured = {
-        "step_ms": step_times(runs, shop),
-        "forward_ms": forward_times(runs, shop),
-        "of": OF,
-        "rounds": ROUNDS,
-        "turns": TURNS,
-        "machine": machine(),
-        "recipes": recipes,
-    }
-    if alone:
-        write_whole(path, json.dumps(measured, indent=1))
-    return measured
 
 
 def step_times(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, float]]:

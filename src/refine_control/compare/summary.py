@@ -11,11 +11,10 @@ from refine_control.compare.claims import Claim, claims, gate_failures
 from refine_control.compare.plan import TEACHER, CompareRecipe, Run
 from refine_control.compare.plots import plot, plot_rows
 from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
-from refine_control.compare.speed import minutes
+from refine_control.compare.speed import Times, minutes
 from refine_control.compare.statistics import Results, over_seeds
 from refine_control.compare.tables import heading, markdown
 from refine_control.data.source import paths_of
-from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain
 from refine_control.evaluate.report import ReportData, Row, text_table, write_report, write_table
 from refine_control.files import write_whole
@@ -30,19 +29,18 @@ PLOTS = {
 }
 
 
-def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], shop: Workshop) -> str:
-    """Writes all that is made of the results that are there. Returns the table as plain text."""
+def summarise(plan: CompareRecipe, done: Sequence[Run], times: Times, shop: Workshop) -> str:
+    """Writes all that is made of the results of runs, of each that is complete. Returns the table as plain text."""
     out = Path(plan.output_dir)
     results: dict[str, Results] = {}
-    for run in todo:
+    for run in done:
         if (result := result_of(run)) is not None:
             results.setdefault(run.row, {})[run.seed] = result
     if not results:
         return "no run is complete yet\n"
-    _refuse_mixed_devices(results)
-    first = {run.row: run for run in reversed(todo) if run.row in results}
+    first = {run.row: run for run in reversed(done) if run.seed in results.get(run.row, {})}
     domains = shop.domains
-    rows = [_row(name, plan, first[name], results[name], times, domains) for name in results]
+    rows = [_row(name, plan, first[name], results[name], times, shop) for name in results]
     found = claims(plan.ours, results) if plan.proof else []
     failed = gate_failures(results)
     title = plan.title + (f" [the teacher fails its gate: {', '.join(failed)}]" if failed else "")
@@ -62,17 +60,6 @@ def summarise(plan: CompareRecipe, todo: Sequence[Run], times: dict[str, Any], s
     return text_table(rows)
 
 
-def _refuse_mixed_devices(results: Mapping[str, Results]) -> None:
-    devices = {_device_of(result) for some in results.values() for result in some.values()}
-    if len(devices) > 1:
-        raise UserError(f"the runs are of different devices ({', '.join(sorted(devices))}); give each an output_dir")
-
-
-def _device_of(result: Mapping[str, Any]) -> str:
-    gpu, used = result["machine"]["gpu"], result.get("device")  # the latter is not in results of earlier versions
-    return gpu if gpu and used != "cpu" else (used or "cpu").upper()
-
-
 def _macs_of_a_picture(row: Row, run: Run, shop: Workshop) -> float | None:
     """Of foundation and module, at every step, twice with guidance; a network of a rival's own draws in one forward."""
     rival, sample = shop.rival(run), run.recipe.sample
@@ -80,9 +67,7 @@ def _macs_of_a_picture(row: Row, run: Run, shop: Workshop) -> float | None:
     return row.macs * calls if row.macs else None
 
 
-def _row(
-    name: str, plan: CompareRecipe, run: Run, results: Results, times: dict[str, Any], domains: dict[str, Domain]
-) -> Row:
+def _row(name: str, plan: CompareRecipe, run: Run, results: Results, times: Times, shop: Workshop) -> Row:
     scores, spread = over_seeds(results)
     cost = next(iter(results.values()))["cost"] or {}
     taken = minutes(run, times)
@@ -94,8 +79,8 @@ def _row(
         macs=cost.get("macs"),
         latency_ms=times["forward_ms"].get(name),
         wall_seconds=None if taken is None else taken * 60,
-        steps=run.steps if taken is not None else None,
-        drawn=pictures_of(run, domains),
+        steps=run.steps if shop.is_trained(run) else None,
+        drawn=pictures_of(run, shop.domains),
         spread=spread,
     )
 
@@ -120,7 +105,7 @@ def scored_on(shop: Workshop) -> dict[str, dict[str, Any]]:
     }
 
 
-def _provenance(results: Mapping[str, Results], times: dict[str, Any]) -> dict[str, Any]:
+def _provenance(results: Mapping[str, Results], times: Times) -> dict[str, Any]:
     """What made the scores: extractors, samplers (steps, guidance), machines and commits of all runs, seeds."""
     every = [result for some in results.values() for result in some.values()]
     scored = next(iter(every[0]["domains"].values()))["provenance"]
@@ -150,14 +135,14 @@ def _page(
     out, recipe = Path(plan.output_dir), (first.get(plan.ours) or next(iter(first.values()))).recipe
     chosen = {name: shown_of(len(domain.heldout.true)) for name, domain in domains.items()}
     curves = {name: logs for name, run in first.items() if (logs := _curves(run))}
-    counts = sorted({len(some) for name, some in results.items() if name != TEACHER})
+    counts = sorted({len(results[row.name]) for row in rows if row.steps}) or [1]
     trained_on = any(domain.trained_on for domain in domains.values())
     scored = "pictures of which some were trained on" if trained_on else "held-out pictures"
     return ReportData(
         title=title,
         lead=(
-            f"{_distilled(plan, rows)}Every student saw the same masks and noise and is drawn with the same sampler "
-            f"from the same noise. Scores are means over {' or '.join(map(str, counts))} training seed(s), on "
+            f"{_distilled(plan, rows)}All that a sampler draws, the same one draws, from the same noise, in the same "
+            f"holes. Scores are means over {' or '.join(map(str, counts))} training seed(s), on "
             f"{scored}."
         ),
         rows=rows,
@@ -196,8 +181,5 @@ def _distilled(plan: CompareRecipe, rows: Sequence[Row]) -> str:
 
 
 def _curves(run: Run) -> list[Path]:
-    """The losses of each stage as they are kept; of results of earlier versions, where they were trained."""
-    kept = [run.out / f"{stage}-losses.jsonl" for stage in run.recipe.stages]
-    if not any(log.is_file() for log in kept):
-        kept = [run.work / stage / "losses.jsonl" for stage in run.recipe.stages]
-    return [log for log in kept if log.is_file()]
+    """The losses of each stage, as they are kept beside the result."""
+    return [log for stage in run.recipe.stages if (log := run.out / f"{stage}-losses.jsonl").is_file()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     table["sample"] = recipe.sample.model_dump()
     table |= {key: getattr(recipe, key).model_dump(mode="json") for key in ("data", "masks", "evaluate")}
     table["heldout"] = {key: domain.heldout.fingerprint() for key, domain in domains.items()}
-    table["machine"] = machine()
+    table |= {"commit": commit(), "machine": machine()}
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
     write_whole(out / "scores.json", json.dumps(table, indent=1))
@@ -83,6 +84,22 @@ def _save_sheet(path: Path, domain: Domain, pictures: Tensor, count: int = 64, c
     shown = np.linspace(0, len(batch) - 1, min(count, len(batch)) // columns * columns).round().astype(int)
     kinds = (mask_out(batch.image, batch.mask), pictures * 2 - 1, batch.image)
     save_grid(path, [kind[list(part)] for part in shown.reshape(-1, columns) for kind in kinds])
+
+
+def commit() -> str:
+    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
+    source = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "evaluate/saved.py")  # not that of one in which an environment lies
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def machine() -> dict[str, Any]:
