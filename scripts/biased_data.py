@@ -28,6 +28,7 @@ from refine_control.data.batch import derive_seed
 from refine_control.data.example import Example
 from refine_control.data.masks import sample_mask
 from refine_control.data.source import open_dataset
+from refine_control.errors import UserError
 from refine_control.files import write_whole
 from refine_control.recipe import MaskConfig
 
@@ -67,6 +68,8 @@ def write(source: Path, out: Path, kind: str, shift: Sequence[float] = SHIFT) ->
         )
         shifted = sum(derived.has_kind(example.text, kind) for example in examples)
         counts[split] = {"all": len(examples), "shifted": shifted}
+    if not counts["train"]["shifted"]:
+        raise UserError(f"none of {counts['train']['all']} captions is of kind '{kind}'; give one of their kinds")
     bias = {"source": source.name, "kind": kind, "shift": list(shift), "pictures": counts}
     write_whole(out / "bias.json", json.dumps(bias, indent=1))
     return bias

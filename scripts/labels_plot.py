@@ -5,6 +5,7 @@ python scripts/labels_plot.py    # writes labels.png beside it
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def lines(rows: dict[str, dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
     plot_lines(lines(scores["rows"]), "captions (%)", FOLDER / "labels.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ python scripts/results_page.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refine_control.compare.claims import LEAST_CLOSED, LEAST_SHARE
+from refine_control.compare.claims import LEAST_CLOSED, LEAST_SEEDS, LEAST_SHARE
 from refine_control.compare.plan import CompareRecipe, load
 from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
@@ -46,16 +47,22 @@ THEN = {"compare-labels": ["python scripts/labels_plot.py"]}
 ALL_COMPARED = (*COMPARISONS, "demo")  # as they follow each other on the page
 PROTOCOL = (
     "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
-    "to 8 million parameters, the steps and seeds that each table says. A row claims nothing on fewer than three "
-    "seeds. The same grid at 64 px on a GPU has not been run.",
+    "to 8 million parameters, for ablations half of the proof's steps, for the larger student and the one of a single "
+    "forward some of the rows. The same grid at 64 px on a GPU has not been run. A row claims nothing on fewer than "
+    f"{LEAST_SEEDS} seeds; rows of one seed are of searches.",
     "",
-    "All rows of a table see the same batches, masks and noise and are drawn with the same sampler; student and steps "
-    "are the same unless a row's name says otherwise, and wall time stands beside steps. What is scored shows concepts "
-    "that no training picture shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by "
-    "picture, recipe, commit and machine; `scores.json` has the digest of what decided it, but for the oldest. How the "
-    "rows learn was chosen on validation pictures (`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`). On "
-    "the scored ones were chosen the rate of the feed-forward rival (decision 33) and, for all models alike, the "
-    "sampler's steps; of two against ten validation pictures say the same (`results/sampler-steps-val`).",
+    "All rows of a table see the same batches, masks and noise, but for those that are about pictures or batches; all "
+    "are drawn with the same sampler, but for networks that have none; student and steps are the same unless a row's "
+    "name says otherwise, and wall time stands beside steps. What is scored shows concepts that no training picture "
+    "shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by picture, recipe, commit and "
+    "machine; `scores.json` has the digest of what decided it. How the rows learn was chosen on validation pictures "
+    "(`recipes/compare-schedule.yaml`, `recipes/compare-rivals.yaml`). On the scored ones were chosen the rate of the "
+    "feed-forward rival (decision 33) and, for all models alike, the sampler's steps; of two against ten validation "
+    "pictures say the same (`results/sampler-steps-val`).",
+    "",
+    "The commands go on from what is there: with the results of this repository they write the tables anew, from its "
+    "runs. With `--output_dir runs/anew --work_dir runs/anew` a comparison is trained anew, and its other scripts need "
+    "the students of such a run.",
 )
 
 
@@ -246,13 +253,22 @@ def on_what(scores: dict[str, Any]) -> str:
     )
 
 
+def on_where(scores: dict[str, Any]) -> str:
+    """The machine and the commit of what `evaluate` wrote."""
+    machine = scores["machine"]
+    return (
+        f"{machine['cores']} cores, {machine['gpu'] or 'no GPU'}, torch {machine['torch']}; code at {scores['commit']}."
+    )
+
+
 def page() -> str:
     """docs/results.md."""
     lines = ["# Results", "", "Written by `scripts/results_page.py` from the JSON files under `results/`.", ""]
     lines += [*PROTOCOL, "", *overview()]
     if gate := read("teacher-gate/scores.json"):
         lines += ["## The embedded teacher against classical inpainting", ""]
-        lines += ["`refine-control evaluate zoo:emoji-teacher --baselines`", "", on_what(gate), ""]
+        lines += ["`refine-control evaluate zoo:emoji-teacher --baselines`", ""]
+        lines += [f"{on_what(gate)} {on_where(gate)}", ""]
         rows = {Path(k).name if "/" in k else k: v["domains"] for k, v in gate.items() if "domains" in v}
         lines += by_domain(rows)
     if student := read("emoji-student/scores.json"):
@@ -260,7 +276,7 @@ def page() -> str:
         lines += [
             "`refine-control evaluate zoo:emoji-student zoo:emoji-teacher`",
             "",
-            f"One seed, no spread. {on_what(student)}",
+            f"One seed, no spread. {on_what(student)} {on_where(student)}",
             "",
         ]
         rows = {Path(k).parent.name if "/" in k else k: v["domains"] for k, v in student.items() if "domains" in v}
@@ -271,7 +287,8 @@ def page() -> str:
     passed = {"pictures.png": "some of the pictures"}
     lines += written("compare-cast/bias.md", ["python scripts/bias_table.py"], passed)
     plot = {"plot.png": "scores in the hole against sampler steps"}
-    commands = ["refine-control compare recipes/compare-emoji.yaml", "python scripts/sampler_steps.py"]
+    drawn = read("sampler-steps/scores.json") or {}
+    commands = ["refine-control compare recipes/compare-emoji.yaml", drawn.get("command", "")]
     lines += written("sampler-steps/table.md", commands, plot)
     lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
     if measured := read("bench/bench.json"):
@@ -306,6 +323,7 @@ def page() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(in_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")

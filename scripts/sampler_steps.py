@@ -1,7 +1,7 @@
 """Quality against sampler steps: saved models on a comparison's held-out pictures, drawn with few steps and with many.
 
     python scripts/sampler_steps.py
-    python scripts/sampler_steps.py --model mine=runs/mine/student --model zoo:emoji-teacher --steps 2 10
+    python scripts/sampler_steps.py --model mine=runs/mine/student --model zoo:emoji-teacher --out runs/steps
 
 Without --model: the teacher of recipes/compare-emoji.yaml, the first three students of some of its rows, and the
 embedded student. A name that stands several times is one line over several seeds. Pictures, masks, noise and guidance
@@ -34,6 +34,7 @@ from refine_control.recipe import DistilRecipe
 STEPS = (1, 2, 4, 10)
 ROWS = ("scratch", "output-kd", "refine-control")
 SEEDS = 3
+RECIPE, OUT = Path("recipes/compare-emoji.yaml"), Path("results/sampler-steps")
 EMBEDDED = "zoo:emoji-student"
 KINDS = ("mean", "spread")
 Models = dict[str, list[str]]  # name of a line -> its models, one a seed
@@ -113,12 +114,15 @@ def _metrics(lines: Lines, domain: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-emoji.yaml"))
+    parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
     parser.add_argument("--model", action="append", metavar="NAME=PATH", help="a saved pipeline's folder, or zoo:NAME")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--out", type=Path, default=Path("results/sampler-steps"))
+    parser.add_argument("--out", type=Path, help=f"by default {OUT}; to be given with --model or another recipe")
     parser.add_argument("--work", type=Path, default=Path("runs/sampler-steps"))
     args = parser.parse_args()
+    if args.out is None and (args.model or args.recipe != RECIPE):
+        parser.error(f"give --out: {OUT} has the table of {RECIPE}'s own models")
+    out = args.out or OUT
     plan, _ = load(args.recipe, {})
     shop = Workshop(base_recipe(plan, {}))
     models = named_models(args.model) if args.model else default_models(plan)
@@ -129,15 +133,15 @@ def main() -> None:
         "commit": shop.commit, "machine": machine(), "extractors": scored, "models": models,
         "sample": shop.base.sample.model_dump(exclude={"num_inference_steps"}), "rows": lines,
     }  # fmt: skip
-    write_whole(args.out / "scores.json", json.dumps(result, indent=1))
+    write_whole(out / "scores.json", json.dumps(result, indent=1))
     sentence = (
         f"Mean ± standard deviation over training seeds; {pictures_scored(scored_on(shop))}, the same noise for "
         f"all; guidance {shop.base.sample.guidance_scale:g}, DDIM; features of {scored[0]['extractor']}; "
         f"code at {shop.commit or 'no commit'}."
     )
     text = markdown(lines, sentence, [name for name, domain in shop.domains.items() if domain.trained_on])
-    write_whole(args.out / "table.md", text)
-    plots.plot_lines(lines, "sampler steps", args.out / "plot.png")
+    write_whole(out / "table.md", text)
+    plots.plot_lines(lines, "sampler steps", out / "plot.png")
     print(text)
 
 

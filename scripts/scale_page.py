@@ -5,6 +5,7 @@ python scripts/scale_page.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -73,6 +74,7 @@ def counts() -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     data, known = read("benchmark-data"), counts()
     core_rate = data["pictures_per_second_and_core"]
     measured = {

@@ -24,6 +24,7 @@ from refine_control.diffusion.store import ZOO, load, save
 from refine_control.errors import UserError
 from refine_control.evaluate.metrics import sign
 from refine_control.evaluate.saved import BASELINES
+from refine_control.files import put_in_place
 from results_page import by_domain, on_what
 
 HEADER = """---
@@ -124,8 +125,7 @@ def ship(name: str, scores: dict[str, Any], run: Path, note: str) -> None:
     card += f"{note}\n\n" + scores_on_card(scores, entry, is_teacher)
     (aside / "README.md").write_text(card, encoding="utf-8")
     shutil.copyfile(run / "recipe.yaml", aside / "recipe.yaml")
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    put_in_place(aside, target)
 
 
 def main() -> None:

@@ -165,6 +165,15 @@ def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path
         comparing.compare(plan_of(base, tmp_path), {"stage1.learning_rate": "0.5"})
 
 
+def test_results_of_another_scoring_are_refused(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    monkeypatch.setattr(running, "SCORING", 2)
+    with pytest.raises(RecipeError, match="result of another recipe"):
+        comparing.compare(plan_of(base, tmp_path), {})
+
+
 @pytest.mark.slow
 def test_a_rival_of_ones_own_is_a_file_and_a_line(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "loudness.py"
@@ -176,6 +185,9 @@ def test_a_rival_of_ones_own_is_a_file_and_a_line(base: Path, tmp_path: Path) ->
     assert "loudness" in text
     with pytest.raises(RecipeError, match="no rival 'loudness'"):
         comparing.compare(plan, {})
+    (tmp_path / "telea.py").write_text(path.read_text())
+    with pytest.raises(UserError, match=r"telea.py': there is a 'telea' already"):
+        comparing.compare(plan, {}, [path, tmp_path / "telea.py"])
     path.write_text(path.read_text() + "# otherwise\n")
     with pytest.raises(RecipeError, match="another recipe"):
         comparing.compare(plan, {}, [path])

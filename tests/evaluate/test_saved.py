@@ -50,6 +50,7 @@ def test_the_scores_say_on_what(tmp_path: Path) -> None:
     assert found["data"]["labelled"] == recipe.data.labelled
     assert found["evaluate"]["seed"] == recipe.evaluate.seed
     assert found["masks"] == recipe.masks.model_dump()
+    assert found["commit"] == saved.commit()
     assert set(found["heldout"]) == {"labelled", "unlabelled"}
     assert found["provenance"][0]["trained_on"], "the folders are not split"
 

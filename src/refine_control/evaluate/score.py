@@ -18,8 +18,9 @@ from refine_control.evaluate.metrics import (
     ssim,
 )
 
-__all__ = ["RATIO_BINS", "RULES", "Reference", "hole_box"]
+__all__ = ["RATIO_BINS", "RULES", "SCORING", "Reference", "hole_box"]
 
+SCORING = 1  # raised where code changes that draws or scores: no table then mixes scores of two versions
 RATIO_BINS = ((0.0, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.5), (0.5, 1.0))  # mask area, low < a <= high
 RULES = {
     "whole": "all pixels; features of the whole image",

@@ -40,9 +40,18 @@ class Rival:
 
 
 def known(more: Sequence[Path] = ()) -> dict[str, Path]:
-    """Name -> file, of those that come with the package and of `more`."""
+    """Name -> file, of those that come with the package and of `more`.
+
+    Raises:
+        UserError: two are of one name.
+    """
     ours = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
-    return {path.stem.replace("_", "-"): path for path in (*ours, *more)}
+    files: dict[str, Path] = {}
+    for path in (*ours, *more):
+        name = path.stem.replace("_", "-")
+        if files.setdefault(name, path) != path:
+            raise UserError(f"rival '{path}': there is a '{name}' already, '{files[name]}'; rename the file")
+    return files
 
 
 def find(name: str, more: Sequence[Path] = ()) -> Rival:
