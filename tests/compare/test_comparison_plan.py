@@ -52,7 +52,7 @@ def test_rows_of_a_shipped_comparison_learn_alike(path: Path) -> None:
         assert run.recipe.sample == ours.sample
         assert run.recipe.masks == ours.masks
         assert run.recipe.evaluate == ours.evaluate
-        if run.rival == "feedforward":
+        if str(run.rival).startswith("feedforward"):
             continue
         steps = run.recipe.stage1.steps + run.recipe.stage2.steps
         all_steps = ours.stage1.steps + (0 if run.row == "stage1" else ours.stage2.steps)

@@ -9,7 +9,7 @@ from refine_control.evaluate.baselines import fill_each
 try:
     from patchmatch import patch_match
 except ImportError:
-    raise UserError("the rival patchmatch needs a package: pip install 'refine-control[compare]'") from None
+    raise UserError("the rival patchmatch needs pypatchmatch: pip install -e '.[compare]' in the clone") from None
 
 RADIUS = 3  # of a patch, as in the package's examples
 
