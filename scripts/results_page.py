@@ -6,20 +6,18 @@ python scripts/results_page.py
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refine_control.compare.claims import LEAST_CLOSED, LEAST_SEEDS, LEAST_SHARE
+from refine_control.compare.claims import LEAST_SEEDS
 from refine_control.compare.plan import CompareRecipe, load
-from refine_control.compare.tables import cell
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
+from short_table import ROOT, in_readme, read
 
-ROOT = Path(__file__).parent.parent
 COMPARISONS = (
     "compare-larger",
     "compare-emoji",
@@ -32,12 +30,6 @@ COMPARISONS = (
     "compare-rivals",
     "compare-cast",
 )
-SHORT = {  # students of two sizes, and the smaller one drawn in a single forward: the rows that README.md shows
-    "compare-larger": ("teacher", "scratch", "scratch-same-time", "output-kd", "refine-control"),
-    "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic"),
-    "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
-}
-MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 EXPORT = "refine-control export zoo:emoji-student --to onnx|openvino --precision fp32|fp16|int8 --out runs/edge/..."
 FIRST = {  # what a comparison needs
     "compare-unlabelled": ["python scripts/unlabelled_variants.py"],
@@ -64,11 +56,6 @@ PROTOCOL = (
     "runs. With `--output_dir runs/anew --work_dir runs/anew` a comparison is trained anew, and its other scripts need "
     "the students of such a run.",
 )
-
-
-def read(name: str) -> dict[str, Any] | None:
-    path = ROOT / "results" / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -183,65 +170,6 @@ def full_size(measured: dict[str, Any]) -> list[str]:
         "![time of a picture](../results/edge-full-size/bench.png)",
         "",
     ]
-
-
-def in_short() -> list[str]:
-    """The labelled domain of the headline comparisons, some rows of each; and how many of their claims hold."""
-    measured = {name: one for name in SHORT if (one := read(f"{name}/scores.json"))}
-    if not measured:
-        return []
-    first = next(iter(measured.values()))
-    metrics = list(first["rows"]["teacher"]["mean"]["labelled"])
-    names = [f"{metric.partition('[')[0]} {arrow(metric)}" for metric in metrics]
-    lines = [
-        f"| | parameters of the denoiser | forwards | {' | '.join(names)} | seeds |",
-        "|---|---:|---:|" + "---:|" * (len(metrics) + 1),
-    ]
-    held = []
-    for name, one in measured.items():
-        rows, (steps, guidance) = one["rows"], one["samplers"][0]
-        forwards = steps * (2 if guidance > 1 else 1)
-        for row in (row for row in SHORT[name] if row in rows):
-            label, params = rows[row]["label"], rows[row]["params"]
-            if params and row != "teacher":
-                label = f"{rows['teacher']['params'] / params:.1f}x smaller: {label}"
-            lines.append(_short_line(rows[row], metrics, label, 1 if row == "feedforward" else forwards))
-        if not (claims := one["claims"]):
-            continue
-        above, near = ([claim for claim in claims if bool(claim["against"]) is rival] for rival in (True, False))
-        missed = ", ".join({rows[claim["against"]]["label"]: 0 for claim in above if not claim["holds"]})
-        smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
-        held.append(
-            f"For the student {smaller:.1f}x smaller of {forwards} forward(s): above other rows "
-            f"{_held(above)}{f' (not: {missed})' if missed else ''}, near the teacher {_held(near)}."
-        )
-    scored = first["extractors"][0]
-    said = (
-        f"Holes of {scored['n']} pictures of held-out concepts, {scored['image_size'][0]} px; features of "
-        f"{scored['extractor']}; mean ± standard deviation over training seeds; the scores: `docs/evaluate.md`. "
-        "Forwards: of the denoiser, for a picture. Training steps and pictures are the same unless the row's name "
-        "says otherwise. Of what the method claims in each of two domains (`docs/results.md`) this much holds; near "
-        f"the teacher: {LEAST_SHARE:.0%} of its PSNR and SSIM, and {LEAST_CLOSED:.0%} of the way from scratch in "
-        "LPIPS, FID and CMMD."
-    )
-    return [*lines, "", " ".join([said, *held])]
-
-
-def _held(claims: Sequence[Mapping[str, Any]]) -> str:
-    return f"{sum(claim['holds'] for claim in claims)} of {len(claims)}"
-
-
-def _short_line(entry: dict[str, Any], metrics: Sequence[str], label: str, forwards: int) -> str:
-    cells = [cell(*(entry[kind]["labelled"][metric]["hole"] for kind in ("mean", "spread"))) for metric in metrics]
-    size = (f"{entry['params'] / 1e6:.1f} M", forwards) if entry["params"] else ("–", "–")
-    return f"| {label} | {size[0]} | {size[1]} | {' | '.join(cells)} | {len(entry['runs'])} |"
-
-
-def in_readme(text: str) -> str:
-    """README.md with its table written anew. Raises ValueError where a mark is missing, or there twice."""
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return "\n".join([before + MARKS[0], "", *in_short(), "", MARKS[1] + after])
 
 
 def on_what(scores: dict[str, Any]) -> str:

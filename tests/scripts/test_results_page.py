@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import results_page
+import short_table
 
 ROOT = Path(results_page.__file__).parent.parent
 
@@ -16,7 +17,7 @@ def test_the_page_and_the_readme_are_of_the_results_that_are_there() -> None:
     told = "run python scripts/results_page.py"
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == results_page.page(), told
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results_page.in_readme(readme) == readme, told
+    assert short_table.in_readme(readme) == readme, told
 
 
 def test_each_comparison_is_a_link_to_its_heading() -> None:
@@ -34,15 +35,15 @@ def test_an_anchor_is_githubs() -> None:
 
 
 def test_only_what_stands_between_the_marks_is_written_anew() -> None:
-    begin, end = results_page.MARKS
-    written = results_page.in_readme(f"before\n{begin}\nstale\n{end}\nafter\n")
+    begin, end = short_table.MARKS
+    written = short_table.in_readme(f"before\n{begin}\nstale\n{end}\nafter\n")
     assert written.startswith(f"before\n{begin}\n")
     assert written.endswith(f"{end}\nafter\n")
     assert "stale" not in written
     for torn in (f"before\n{begin}\nafter\n", f"{end}\n{begin}\nafter\n", "before\n"):
         with pytest.raises(ValueError, match="values to unpack"):
-            results_page.in_readme(torn)
+            short_table.in_readme(torn)
 
 
 def test_the_table_in_short_names_the_networks_that_scored_it() -> None:
-    assert "efficientnet-lite0" in "".join(results_page.in_short())
+    assert "efficientnet-lite0" in "".join(short_table.in_short())
