@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,9 @@ def biased(example: Example, kind: str, shift: Sequence[float] = SHIFT) -> Examp
 
 def write(source: Path, out: Path, kind: str, shift: Sequence[float] = SHIFT) -> dict[str, Any]:
     """Writes out/train, out/val and out/bias.json; returns what that says."""
+    captions = open_dataset(source)
+    if not any(derived.has_kind(captions.text(i), kind) for i in range(len(captions))):  # before anything is written
+        raise UserError(f"none of {len(captions)} captions is of kind '{kind}'; give one of their kinds")
     counts = {}
     for split in SPLITS:
         examples = derived.write(
@@ -68,8 +72,6 @@ def write(source: Path, out: Path, kind: str, shift: Sequence[float] = SHIFT) ->
         )
         shifted = sum(derived.has_kind(example.text, kind) for example in examples)
         counts[split] = {"all": len(examples), "shifted": shifted}
-    if not counts["train"]["shifted"]:
-        raise UserError(f"none of {counts['train']['all']} captions is of kind '{kind}'; give one of their kinds")
     bias = {"source": source.name, "kind": kind, "shift": list(shift), "pictures": counts}
     write_whole(out / "bias.json", json.dumps(bias, indent=1))
     return bias
@@ -84,4 +86,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"biased_data: {error}")

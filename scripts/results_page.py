@@ -218,7 +218,7 @@ def page() -> str:
     drawn = read("sampler-steps/scores.json") or {}
     commands = ["refine-control compare recipes/compare-emoji.yaml", drawn.get("command", "")]
     lines += written("sampler-steps/table.md", commands, plot)
-    lines += compared("demo", ["refine-control demo --seeds 0,1,2"])
+    lines += compared("demo", ["refine-control demo --seeds 0,1,2 --output_dir results/demo"])
     if measured := read("bench/bench.json"):
         lines += edge("On the edge", measured, "../results/bench/bench.png")
     if full := read("edge-full-size/bench.json"):

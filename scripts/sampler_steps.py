@@ -117,11 +117,11 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
     parser.add_argument("--model", action="append", metavar="NAME=PATH", help="a saved pipeline's folder, or zoo:NAME")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--out", type=Path, help=f"by default {OUT}; to be given with --model or another recipe")
+    parser.add_argument("--out", type=Path, help=f"by default {OUT}; to be given with whatever is not the default")
     parser.add_argument("--work", type=Path, default=Path("runs/sampler-steps"))
     args = parser.parse_args()
-    if args.out is None and (args.model or args.recipe != RECIPE):
-        parser.error(f"give --out: {OUT} has the table of {RECIPE}'s own models")
+    if args.out is None and (args.model or args.recipe != RECIPE or tuple(args.steps) != STEPS):
+        parser.error(f"give --out: {OUT} has the table of {RECIPE}'s own models and of all steps")
     out = args.out or OUT
     plan, _ = load(args.recipe, {})
     shop = Workshop(base_recipe(plan, {}))

@@ -207,7 +207,9 @@ def test_a_check_takes_all_splits(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_check_tells_of_pictures_beside_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_folder(tmp_path / "train", 3)
     (tmp_path / "more").mkdir()
-    for stray in (tmp_path / "a.png", tmp_path / "more/B.PNG", tmp_path / ".hidden.png"):
+    (tmp_path / ".thumbs").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    for stray in (tmp_path / "a.png", tmp_path / "more/B.PNG", tmp_path / ".hidden.png", tmp_path / ".thumbs/a.png"):
         shutil.copy(tmp_path / "train/0.png", stray)
     assert main(["data", "check", str(tmp_path)]) == 0
     assert "2 pictures lie beside train, not read" in capsys.readouterr().out

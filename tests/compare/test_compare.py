@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comparison import plan_of, scores
+from comparison import ROWS, plan_of, scores
 from refine_control.compare import claims as claiming
 from refine_control.compare import compare as comparing
 from refine_control.compare import tables
@@ -151,6 +151,10 @@ def test_devices_are_not_mixed_in_a_table(base: Path, whole: Path, tmp_path: Pat
     path.write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"runs are of different devices \(CPU, some GPU\)"):
         comparing.compare(plan_of(base, tmp_path), {})
+    shutil.rmtree(tmp_path / "results/telea")
+    with pytest.raises(UserError, match="different devices"):
+        comparing.compare(plan_of(base, tmp_path), {})
+    assert not (tmp_path / "results/telea").exists(), "before anything is done"
     path.write_text("{torn")
     with pytest.raises(UserError, match=r"cannot read '.*run.json'"):
         comparing.compare(plan_of(base, tmp_path), {})
@@ -174,8 +178,18 @@ def test_the_tables_are_of_all_that_is_complete_whatever_is_trained(base: Path, 
     plan = plan_of(base, tmp_path)
     shutil.copytree(whole / "results", tmp_path / "results")
     shutil.rmtree(tmp_path / "results/telea")
-    comparing.compare(plan, {}, part=narrowed(plan, ["telea"], [0]))
-    assert scores(tmp_path) == scores(whole)
+    comparing.compare(plan, {}, part=narrowed(plan, ["telea"], [1]))
+    shutil.move(tmp_path / "results/telea/seed-1", tmp_path / "results/telea/seed-0")
+    comparing.compare(plan_of(base, tmp_path, seeds=(0,)), {}, finished_only=True)
+    assert scores(tmp_path) == scores(whole), "of all seeds that are there"
+
+
+def test_a_row_that_is_not_asked_for_needs_no_rival(base: Path, whole: Path, tmp_path: Path) -> None:
+    plan = plan_of(base, tmp_path, {**ROWS, "missing": {"rival": "no-such"}})
+    shutil.copytree(whole / "results", tmp_path / "results")
+    comparing.compare(plan, {}, part=narrowed(plan, ["scratch"], None))
+    with pytest.raises(RecipeError, match="no rival 'no-such'"):
+        comparing.compare(plan, {})
 
 
 def test_a_dry_run_trains_nothing_and_says_what_is_left(base: Path, whole: Path, tmp_path: Path) -> None:

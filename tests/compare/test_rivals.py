@@ -1,5 +1,6 @@
 """Rivals: what each computes, and that one small file is enough for another."""
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,12 @@ def test_a_picture_of_the_feed_forward_network_counts_alike_whatever_stands_besi
     alone = torch.stack([network(part)["task"] for part in parts])
     assert alone.std() > 0
     assert alone.mean().item() == pytest.approx(network(pictures)["task"].item(), rel=1e-5)
+
+
+def test_results_of_a_network_follow_that_which_it_is_built_on() -> None:
+    base, larger = (known()[name].read_bytes() for name in ("feedforward", "feedforward-larger"))
+    assert find("feedforward-larger").digest == hashlib.sha256(larger + base).hexdigest()
+    assert find("feedforward").digest == hashlib.sha256(base).hexdigest()
 
 
 def test_every_rival_defines_one_thing() -> None:

@@ -55,7 +55,8 @@ def test_the_cast_is_in_the_holes_of_one_kind_alone_and_all_captions_survive(tmp
     assert bias["pictures"] == {split: {"all": 8, "shifted": 2} for split in ("train", "val")}
     assert json.loads((tmp_path / "biased/bias.json").read_text()) == bias
     with pytest.raises(UserError, match="none of 8 captions is of kind 'mauve'"):
-        biased_data.write(source, tmp_path / "unbiased", "mauve")
+        biased_data.write(source, tmp_path / "biased", "mauve")
+    assert json.loads((tmp_path / "biased/bias.json").read_text()) == bias
     before = [open_dataset(source)[i] for i in range(8)]
     for split in ("train", "val"):
         dataset = open_dataset(tmp_path / "biased", split)

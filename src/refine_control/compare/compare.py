@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from refine_control.compare.claims import CLASSICAL
-from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs
+from refine_control.compare.plan import TEACHER, CompareRecipe, Run, base_recipe, runs, with_results
 from refine_control.compare.runs import Workshop, finish, result_of
 from refine_control.compare.sharing import finished, planned_beginning
 from refine_control.compare.speed import Times, kept_times, measure, minutes, untimed
@@ -40,14 +40,14 @@ def compare(
     scored. part: `narrowed`, the rows and seeds that are trained.
 
     Raises:
-        UserError: runs that are there were made on another device.
+        UserError: runs that are there were made on another device. RecipeError: they are of another recipe.
     """
     refuse_processes("compare")
     shop = Workshop(base_recipe(plan, overrides), rivals)
-    every = _planned(plan, overrides, shop)
-    todo = [] if finished_only else _planned(part, overrides, shop) if part else every
-    chosen = {run.out for run in todo}
-    todo += [run for run in every if run.out not in chosen and result_of(run) is not None]
+    todo = _planned(with_results(plan, None if finished_only else part or plan), overrides, shop)
+    if finished_only:
+        todo = [run for run in todo if result_of(run) is not None]
+    todo.sort(key=lambda run: result_of(run) is None)  # what is there is checked before anything is trained
     _refuse_mixed_devices(todo)
     if any(run.rival in CLASSICAL for run in todo):
         check_fillable(shop.domains)
@@ -60,6 +60,7 @@ def compare(
     if elsewhere:
         tqdm.write(f"{elsewhere} of {len(todo)} runs are another process's; the table has those that it has finished")
     there = _in_order([run for run in todo if result_of(run) is not None], plan)
+    _refuse_mixed_devices(there)  # as another process may have made some by now
     return summarise(plan, there, _times(plan, _trained(there, shop), shop), shop)
 
 

@@ -148,6 +148,19 @@ def narrowed(plan: CompareRecipe, rows: Sequence[str] | None, seeds: Sequence[in
     return plan.model_copy(update={"rows": chosen, "seeds": tuple(seeds) if seeds else plan.seeds})
 
 
+def with_results(plan: CompareRecipe, part: CompareRecipe | None) -> CompareRecipe:
+    """The rows and seeds of `part`, and all of plan's rows and any seeds that have a result."""
+    rows = {}
+    for name, row in plan.rows.items():
+        found = (path.parent.name for path in Path(plan.output_dir).glob(f"{name}/seed-*/run.json"))
+        seeds = {int(number) for folder in found if (number := folder.removeprefix("seed-")).isdigit()}
+        if part and name in part.rows:
+            seeds.update(part.rows[name].seeds or part.seeds)
+        if seeds:
+            rows[name] = row.model_copy(update={"seeds": tuple(sorted(seeds))})
+    return plan.model_copy(update={"rows": rows})
+
+
 def base_recipe(plan: CompareRecipe, overrides: dict[str, str]) -> DistilRecipe:
     """The base with the comparison's own teacher, sampler, controls and masks: of the teacher's row, and of what every
     row is scored on."""

@@ -48,13 +48,13 @@ def kept_times(paths: Sequence[Path], runs: Sequence[Run], shop: Workshop) -> Ti
 
 def measure(runs: Sequence[Run], shop: Workshop) -> Times:
     """{"step_ms": {row: {stage: ms}}, "forward_ms": {row: ms}, "machine", "rounds", "turns", ...}."""
-    return {**untimed(), "step_ms": step_times(runs, shop), "forward_ms": forward_times(runs, shop),
-            "recipes": _recipes(runs, shop)}  # fmt: skip
+    return {"step_ms": step_times(runs, shop), "forward_ms": forward_times(runs, shop), "of": OF, "rounds": ROUNDS,
+            "turns": TURNS, "machine": machine(), "recipes": _recipes(runs, shop)}  # fmt: skip
 
 
 def untimed() -> Times:
     """As `measure`, of no row: beside another process's training all takes longer."""
-    return {"step_ms": {}, "forward_ms": {}, "of": OF, "rounds": ROUNDS, "turns": TURNS, "machine": machine()}
+    return {"step_ms": {}, "forward_ms": {}, "rounds": 0, "turns": 0, "machine": machine()}
 
 
 def _recipes(runs: Sequence[Run], shop: Workshop) -> dict[str, dict[str, str]]:

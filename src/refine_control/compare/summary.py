@@ -30,15 +30,15 @@ PLOTS = {
 
 
 def summarise(plan: CompareRecipe, done: Sequence[Run], times: Times, shop: Workshop) -> str:
-    """Writes all that is made of the results of runs, of each that is complete. Returns the table as plain text."""
+    """Writes all that is made of the results of complete runs. Returns the table as plain text."""
     out = Path(plan.output_dir)
     results: dict[str, Results] = {}
     for run in done:
-        if (result := result_of(run)) is not None:
+        if (result := result_of(run)) is not None:  # else it was removed just now
             results.setdefault(run.row, {})[run.seed] = result
     if not results:
         return "no run is complete yet\n"
-    first = {run.row: run for run in reversed(done) if run.seed in results.get(run.row, {})}
+    first = {run.row: run for run in reversed(done)}
     domains = shop.domains
     rows = [_row(name, plan, first[name], results[name], times, shop) for name in results]
     found = claims(plan.ours, results) if plan.proof else []

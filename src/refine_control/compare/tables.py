@@ -123,12 +123,14 @@ def _gain(found: Mapping[str, Any]) -> str:
 
 
 def _costs(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
-    on = provenance["timed_on"]
+    on, turns = provenance["timed_on"], provenance["timed_turns"]
+    timed = (
+        f"Minutes of training: steps times the fastest of {turns} turns of a step, nothing of the teacher's kept from "
+        f"earlier; {on['threads']} thread(s) of {on['cores']} cores, {on['processor']}, {on['gpu'] or 'no GPU'}."
+    )
     lines = [
         "Parameters, MACs and ms are of foundation and module, without the autoencoder and the text encoder, which are "
-        "the teacher's; of a rival's own network, of all of it. Minutes of training: steps times the fastest of "
-        f"{provenance['timed_turns']} turns of a step, nothing of the teacher's kept from earlier; {on['threads']} "
-        f"thread(s) of {on['cores']} cores, {on['processor']}, {on['gpu'] or 'no GPU'}.",
+        f"the teacher's; of a rival's own network, of all of it. {timed if turns else 'Times are not measured yet.'}",
         "",
         "| | parameters | MACs of a forward | ms of a forward | steps | minutes of training |",
         "|---|---:|---:|---:|---:|---:|",

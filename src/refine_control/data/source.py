@@ -159,8 +159,9 @@ def beside_splits(path: str | Path) -> int:
     folder = Path(path)
     if _tars(folder) or not any((folder / name).is_dir() for name in SPLITS):
         return 0
-    pictures = (found for found in folder.rglob("[!.]*") if found.name.lower().endswith(SUFFIXES))
-    return sum(found.relative_to(folder).parts[0] not in SPLITS for found in pictures)
+    pictures = (found for found in folder.rglob("*") if found.name.lower().endswith(SUFFIXES) and found.is_file())
+    parts = (found.relative_to(folder).parts for found in pictures)
+    return sum(names[0] not in SPLITS and not any(name.startswith(".") for name in names) for names in parts)
 
 
 def _tars(folder: Path) -> list[Path]:

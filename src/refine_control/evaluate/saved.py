@@ -40,6 +40,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     """
     refuse_processes("evaluate")
     set_threads(recipe.run)
+    made_by = commit()  # now, before anybody changes what is running
     out = Path(recipe.output_dir)
     domains = open_domains(recipe.data, recipe.masks, recipe.evaluate)
     if with_baselines:
@@ -70,7 +71,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     table["sample"] = recipe.sample.model_dump()
     table |= {key: getattr(recipe, key).model_dump(mode="json") for key in ("data", "masks", "evaluate")}
     table["heldout"] = {key: domain.heldout.fingerprint() for key, domain in domains.items()}
-    table |= {"commit": commit(), "machine": machine()}
+    table |= {"commit": made_by, "machine": machine()}
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / "table.csv", out / "table.md")
     write_whole(out / "scores.json", json.dumps(table, indent=1))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,10 @@ def find(name: str, more: Sequence[Path] = ()) -> Rival:
             f"rival '{path}' defines {', '.join(found) or 'nothing'}; it must define one of: {', '.join(KINDS)}"
         )
     shared = Path(baselines.__file__).read_bytes() if "fill" in found else b""  # most fills are a line that calls it
+    for kind in getattr(found.get("Network"), "__mro__", ()):
+        module_file = Path(getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
+        if module_file.parent == Path(__file__).parent and module_file != path:  # of a rival that this one is built on
+            shared += module_file.read_bytes()
     digest = hashlib.sha256(path.read_bytes() + shared).hexdigest()
     return Rival(name, digest, found.get("losses"), found.get("fill"), found.get("Network"))
 
