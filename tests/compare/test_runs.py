@@ -13,6 +13,7 @@ from refine_control.compare import compare as comparing
 from refine_control.compare import runs as running
 from refine_control.compare.plan import base_recipe
 from refine_control.errors import RecipeError, UserError
+from refine_control.evaluate import score
 
 
 def test_results_of_another_recipe_are_refused(base: Path, whole: Path, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_results_of_another_scoring_are_refused(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole / "results", tmp_path / "results")
-    monkeypatch.setattr(running, "SCORING", 2)
+    monkeypatch.setattr(score, "SCORING", 2)
     with pytest.raises(RecipeError, match="result of another recipe"):
         comparing.compare(plan_of(base, tmp_path), {})
 

@@ -102,9 +102,10 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     shop = Workshop(base_recipe(plan, overrides), rivals)
     todo = _planned(plan, overrides, shop)
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
-    times = kept_times([planned, _speed_file(plan)], _trained(todo, shop), shop)
+    trained = _trained(todo, shop)
+    times = kept_times([planned, _speed_file(plan)], trained, shop)
     if times is None:
-        times = measure(_trained(todo, shop), shop)
+        times = measure(trained, shop)
         if _is_alone(plan):
             write_whole(planned, json.dumps(times, indent=1))
     lines = [f"{'row':32} {'seeds':>9} {'steps':>12} {'done':>5} {'a run':>10} {'left':>10}"]

@@ -28,7 +28,7 @@ from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
 from refine_control.evaluate.saved import commit, machine
-from refine_control.evaluate.score import SCORING
+from refine_control.evaluate.score import scoring
 from refine_control.files import hold, write_whole
 from refine_control.recipe import DistilRecipe, load
 
@@ -132,11 +132,9 @@ def digest_of(
 ) -> str:
     """Of all that decides a result: what is learnt, where anything is, of what, how and on what it is scored."""
     scored = {name: getattr(recipe, name).model_dump(mode="json") for name in ("sample", "evaluate")}
-    scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()}
+    scored |= {name: domain.heldout.fingerprint() for name, domain in domains.items()} | scoring()
     if recipe.evaluate.standard:  # else the networks are those of this version
         scored["extractors"] = next(iter(domains.values())).provenance()
-    if SCORING > 1:
-        scored["scoring"] = SCORING
     learning = [VERSION, learnt(trained), *filter(None, [rounding(trained.run)])] if trained else None
     decides = [learning, made_by, distiller.settings(), scored]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -69,7 +69,7 @@ def open_dataset(
         if os.path.lexists(folder / METADATA) and not os.path.lexists(folder / split / METADATA):
             raise DataError(f"{folder / METADATA}: stands beside {split}/; move it into {split}/ and mend its paths")
         return FolderDataset(folder / split, max_pixels, lenient)
-    if others := [name for name in SPLITS if (folder / name).is_dir()]:
+    if others := _split_folders(folder):
         raise NoSplitError(f"{folder}: no {split!r} folder, only {', '.join(others)}; choose one of these")
     return FolderDataset(folder, max_pixels, lenient)
 
@@ -151,17 +151,26 @@ def splits_of(path: str | Path) -> list[str]:
     """The names that `open_dataset` knows for a folder: those of its shards, of its folders, or 'train' for all."""
     folder = Path(path)
     shards = {_name(tar) or "train" for tar in _tars(folder)}
-    return sorted(shards) or [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
+    return sorted(shards) or _split_folders(folder) or ["train"]
 
 
 def beside_splits(path: str | Path) -> int:
     """How many pictures lie in a folder that is split, but in none of its splits: nothing reads them."""
     folder = Path(path)
-    if _tars(folder) or not any((folder / name).is_dir() for name in SPLITS):
+    if _tars(folder) or not _split_folders(folder):
         return 0
-    pictures = (found for found in folder.rglob("*") if found.name.lower().endswith(SUFFIXES) and found.is_file())
-    parts = (found.relative_to(folder).parts for found in pictures)
-    return sum(names[0] not in SPLITS and not any(name.startswith(".") for name in names) for names in parts)
+    beside = (child for child in folder.iterdir() if child.name not in SPLITS)
+    pictures = (
+        found
+        for child in beside
+        for found in (child, *child.rglob("*"))
+        if found.name.lower().endswith(SUFFIXES) and found.is_file()
+    )
+    return sum(not any(name.startswith(".") for name in found.relative_to(folder).parts) for found in pictures)
+
+
+def _split_folders(folder: Path) -> list[str]:
+    return [name for name in SPLITS if (folder / name).is_dir()]
 
 
 def _tars(folder: Path) -> list[Path]:

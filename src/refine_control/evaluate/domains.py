@@ -22,7 +22,7 @@ from refine_control.distill.teacher import check_resolution, open_pictures
 from refine_control.errors import DataError
 from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.heldout import HeldOut
-from refine_control.evaluate.score import SCORING, Reference
+from refine_control.evaluate.score import Reference, scoring
 from refine_control.files import sync, write_whole
 from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
@@ -103,16 +103,15 @@ def evaluate_model(
     [0, 1] are read back with `drawn`.
     """
     kept = folder / "evaluation.json"
-    settings: dict[str, Any] = {
+    settings = {
         "model": _fingerprint(resolve(name, not controlnets), *map(resolve_controlnet, controlnets)),
         "sample": recipe.sample.model_dump(),
         "extractors": next(iter(domains.values())).provenance(),
         "heldout": {name: domain.heldout.fingerprint() for name, domain in domains.items()},
+        **scoring(),
     }
     if steps is not None:
         settings["timesteps"] = "trailing"
-    if SCORING > 1:
-        settings["scoring"] = SCORING
     before = _result(kept)
     if before.get("settings") == settings:
         return before

@@ -18,7 +18,7 @@ from refine_control.evaluate.metrics import (
     ssim,
 )
 
-__all__ = ["RATIO_BINS", "RULES", "SCORING", "Reference", "hole_box"]
+__all__ = ["RATIO_BINS", "RULES", "Reference", "hole_box", "scoring"]
 
 SCORING = 1  # raised where code changes that draws or scores: no table then mixes scores of two versions
 RATIO_BINS = ((0.0, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.5), (0.5, 1.0))  # mask area, low < a <= high
@@ -55,6 +55,11 @@ def hole_box(mask: Tensor) -> tuple[slice, slice]:
         _span(rows[0], rows[-1] + 1, min(side, height), height),
         _span(columns[0], columns[-1] + 1, min(side, width), width),
     )
+
+
+def scoring() -> dict[str, int]:
+    """What the version of the scoring adds to the settings of a result: nothing to those of the first."""
+    return {"scoring": SCORING} if SCORING > 1 else {}
 
 
 class Reference:
