@@ -18,7 +18,7 @@ from common import overrides_of, quartiles, write
 from refine_control.diffusion.encode import Encoder
 from refine_control.distill.distil import Distiller
 from refine_control.distill.stages import Distillation
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 from refine_control.recipe import DistilRecipe, load
 
 

@@ -19,7 +19,7 @@ from skimage import data
 
 from common import write
 from refine_control.data.source import check, open_dataset
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 
 KINDS = [(64, "png"), (128, "jpg"), (256, "jpg")]
 COUNT = 2000

@@ -23,7 +23,7 @@ from refine_control.data.example import Example
 from refine_control.data.images import encode_webp, fit_square
 from refine_control.data.loader import Pictures
 from refine_control.data.shards import ShardDataset, write_shards
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 from refine_control.recipe import DataConfig
 
 SIDE = 512

@@ -26,8 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from published import SD15_UNET, TEXT, VAE, controlnet
 from refine_control.diffusion.build import build_tokenizer
-from refine_control.evaluate.saved import machine
 from refine_control.plans import TextPlan
+from refine_control.provenance import machine
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "sd15-inpaint.yaml"
 SIDE = 512

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import quartiles, write
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 from refine_control.serve.server import make_server
 
 TAKEN = re.compile(r"([\d.,]+) (ms|s), ([\d.,]+) (ms|s) a step")

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import write
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 
 WARM = 10  # steps left out: they meet every picture, and encode latents and captions that are kept afterwards
 

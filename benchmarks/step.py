@@ -28,7 +28,7 @@ from refine_control.diffusion.text import Text
 from refine_control.distill.distil import Distiller
 from refine_control.distill.loop import Losses, train
 from refine_control.distill.stages import Distillation
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 from refine_control.recipe import DistilRecipe, load
 from refine_control.student.plan import probe
 

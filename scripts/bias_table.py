@@ -37,8 +37,8 @@ from refine_control.distill.preview import mask_out, save_grid
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model
 from refine_control.evaluate.heldout import HeldOut
-from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
+from refine_control.provenance import machine
 from refine_control.recipe import DistilRecipe, TeacherRecipe, validate
 from refine_control.recipe import load as load_recipe
 

@@ -27,8 +27,8 @@ from refine_control.compare.tables import cell, heading, pictures_scored
 from refine_control.errors import UserError
 from refine_control.evaluate.domains import Domain, evaluate_model
 from refine_control.evaluate.metrics import arrow
-from refine_control.evaluate.saved import machine
 from refine_control.files import write_whole
+from refine_control.provenance import machine
 from refine_control.recipe import DistilRecipe
 
 STEPS = (1, 2, 4, 10)

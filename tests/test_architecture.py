@@ -13,6 +13,7 @@ SOURCE = Path(refine_control.__file__).parent
 ROOMS = [
     "errors",
     "files",
+    "provenance",
     "plain",
     "runtime",
     "command",

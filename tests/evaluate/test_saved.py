@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from refine_control.errors import DataError
-from refine_control.evaluate import saved
 from refine_control.evaluate.saved import evaluate
+from refine_control.provenance import commit
 from refine_control.recipe import DistilRecipe
 from tiny import distil_recipe, stage, write_folder
 from tiny_sd import tiny_pipeline
@@ -50,7 +49,7 @@ def test_the_scores_say_on_what(tmp_path: Path) -> None:
     assert found["data"]["labelled"] == recipe.data.labelled
     assert found["evaluate"]["seed"] == recipe.evaluate.seed
     assert found["masks"] == recipe.masks.model_dump()
-    assert found["commit"] == saved.commit()
+    assert found["commit"] == found[recipe.teacher]["commit"] == commit()
     assert set(found["heldout"]) == {"labelled", "unlabelled"}
     assert found["provenance"][0]["trained_on"], "the folders are not split"
 
@@ -68,17 +67,3 @@ def test_a_data_set_that_has_a_test_split_alone_is_enough(tmp_path: Path) -> Non
     data = recipe.data.model_copy(update={"labelled": str(tmp_path / "tested"), "unlabelled": None})
     found = scored(recipe.model_copy(update={"data": data}), recipe.teacher)
     assert "trained_on" not in found["provenance"][0]
-
-
-def test_the_commit_is_not_that_of_a_repository_in_which_an_environment_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for words in (
-        ["init", "-q"],
-        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
-    ):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    file = tmp_path / ".venv/refine_control/evaluate/saved.py"
-    file.parent.mkdir(parents=True)
-    monkeypatch.setattr(saved, "__file__", str(file))
-    assert saved.commit() == ""

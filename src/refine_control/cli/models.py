@@ -141,7 +141,7 @@ def _student(args: argparse.Namespace) -> None:
 
 @command("env", "Print versions and what this machine offers.", [""])
 def _env(args: argparse.Namespace) -> None:
-    from refine_control.evaluate.saved import machine
+    from refine_control.provenance import machine
 
     for key, value in machine().items():
         print(f"{key:16} {value}")

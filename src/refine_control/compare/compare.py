@@ -19,8 +19,8 @@ from refine_control.distill.distil import with_known_commits
 from refine_control.distill.processes import pick_device, refuse_processes
 from refine_control.errors import BusyError, RecipeError, UserError
 from refine_control.evaluate.domains import check_fillable
-from refine_control.evaluate.saved import machine
 from refine_control.files import is_held, write_whole
+from refine_control.provenance import machine
 
 
 def compare(

@@ -27,9 +27,9 @@ from refine_control.distill.processes import pick_device
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
-from refine_control.evaluate.saved import commit, machine
 from refine_control.evaluate.score import scoring
 from refine_control.files import hold, write_whole
+from refine_control.provenance import commit, machine
 from refine_control.recipe import DistilRecipe, load
 
 SHOWN = 12  # pictures of each domain, kept of a run to be looked at

@@ -28,7 +28,7 @@ from refine_control.distill.loop import take_step
 from refine_control.distill.processes import gather, share_out
 from refine_control.distill.stages import Distillation
 from refine_control.evaluate.heldout import latency_ms, one_forward
-from refine_control.evaluate.saved import machine
+from refine_control.provenance import machine
 
 Times = dict[str, Any]
 ROUNDS, TURNS, WARM = 3, 3, 2  # each learner is made anew in each round; its first turns are not counted

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refine_control.data.source import warn_if_trained_on
+from refine_control.diffusion.model import Model
 from refine_control.diffusion.noise import at_few_steps
 from refine_control.diffusion.store import load, resolve, resolve_controlnet
 from refine_control.distill.processes import pick_device
@@ -24,6 +25,7 @@ from refine_control.evaluate.features import efficientnet_lite0, standard
 from refine_control.evaluate.heldout import HeldOut
 from refine_control.evaluate.score import Reference, scoring
 from refine_control.files import sync, write_whole
+from refine_control.provenance import commit
 from refine_control.recipe import DataConfig, DistilRecipe, EvaluateConfig, MaskConfig
 from refine_control.student.plan import cost
 
@@ -94,13 +96,15 @@ def evaluate_model(
     folder: Path,
     controlnets: Sequence[str] = (),
     steps: int | None = None,
+    model: Model | None = None,
 ) -> dict[str, Any]:
     """Scores a saved model on every domain, once: the result is kept in `folder` beside the pictures.
 
     steps: the one number that its students learn; it is drawn at their timesteps then (`at_few_steps`).
+    model: what `name` is, where it is loaded already.
 
-    Returns {"settings", "cost": {"params", "macs"}, "domains": {domain: see Reference.score}}; pictures (N, 3, H, W) in
-    [0, 1] are read back with `drawn`.
+    Returns {"settings", "commit", "cost": {"params", "macs"}, "domains": {domain: see Reference.score}}; commit is
+    missing in what an earlier version kept. Pictures (N, 3, H, W) in [0, 1] are read back with `drawn`.
     """
     kept = folder / "evaluation.json"
     settings = {
@@ -115,12 +119,14 @@ def evaluate_model(
     before = _result(kept)
     if before.get("settings") == settings:
         return before
-    model = load(name, pick_device(recipe.run.device), controlnets).freeze()
+    made_by = commit()
+    model = model or load(name, pick_device(recipe.run.device), controlnets).freeze()
     model = replace(model, scheduler=at_few_steps(model.scheduler, steps))
     check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
     result: dict[str, Any] = {
         "settings": settings,
+        "commit": made_by,
         "cost": {"params": counted.parameters, "macs": counted.macs},
         "domains": {},
     }

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from refine_control import __version__
 from refine_control.diffusion.generate import say_if_blind
 from refine_control.diffusion.store import load
 from refine_control.distill.preview import mask_out, save_grid
@@ -25,6 +20,7 @@ from refine_control.evaluate.domains import Domain, check_fillable, drawn, evalu
 from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.report import Row, text_table, write_table
 from refine_control.files import write_whole
+from refine_control.provenance import commit, machine
 from refine_control.recipe import DistilRecipe
 
 BASELINES = ("mean_fill", "telea", "navier_stokes", "biharmonic")
@@ -51,13 +47,13 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
         is_teacher = name.partition("@")[0] == recipe.teacher.partition("@")[0]  # whatever their commits
         nets = recipe.controlnets if is_teacher else ()
-        result = evaluate_model(name, domains, recipe, folder, nets)
         model = load(name, pick_device(recipe.run.device), nets).freeze()
+        result = evaluate_model(name, domains, recipe, folder, nets, model=model)
         say_if_blind(model, name, "--teacher and --controlnets")
         scores = {domain: scored["metrics"] for domain, scored in result["domains"].items()}
         cost = {"latency_ms": latency_ms({name: one_forward(model)})[name]["median"], **result["cost"]}
         listened = caption_losses(model, domains["labelled"].heldout)
-        table[name] = {"domains": scores, **cost, "caption_losses": listened}
+        table[name] = {"domains": scores, **cost, "caption_losses": listened, "commit": result.get("commit", "")}
         pictures = drawn(folder)
         rows.append(Row(name, name, scores, **cost, wall_seconds=None, steps=None, drawn=pictures))
         for key, domain in domains.items():
@@ -85,40 +81,3 @@ def _save_sheet(path: Path, domain: Domain, pictures: Tensor, count: int = 64, c
     shown = np.linspace(0, len(batch) - 1, min(count, len(batch)) // columns * columns).round().astype(int)
     kinds = (mask_out(batch.image, batch.mask), pictures * 2 - 1, batch.image)
     save_grid(path, [kind[list(part)] for part in shown.reshape(-1, columns) for kind in kinds])
-
-
-def commit() -> str:
-    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
-    source = Path(__file__).parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "evaluate/saved.py")  # not that of one in which an environment lies
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "refine_control": __version__,
-    }
-
-
-def _processor() -> str:
-    """Its name; '' where the system does not tell."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -17,11 +17,11 @@ from refine_control.data.source import open_usable
 from refine_control.diffusion.store import load, resolve
 from refine_control.errors import DataError, ModelError, UserError
 from refine_control.evaluate.heldout import HeldOut
-from refine_control.evaluate.saved import machine
 from refine_control.evaluate.score import Reference
 from refine_control.export import parity
 from refine_control.export.timing import Entry, Worker, cores
 from refine_control.files import write_whole
+from refine_control.provenance import machine
 from refine_control.recipe import Config, ControlKind, SampleConfig
 from refine_control.student.plan import cost
 
