@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from refine_control.data.source import open_dataset
@@ -26,10 +27,10 @@ CARD = """# Embedded data
 ## Split by concept
 A concept is a code point sequence without skin tone, gender and direction; emoji with the same name but for gender, and
 series such as clock faces or families, are one concept. For clip art it is the folder and the first word of the file
-name. Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most 2 bits,
-over both domains. The split is drawn by the hash of the concept's name (10 % test and 4 % val of emoji, 5 % and 2 % of
-clip art); concepts of more than 20 pictures, those that hold pictures of both domains, and series of look-alikes found
-by eye (arrows, cat faces, clouds, smiles ...) stay in train. Of clip art, at most 40
+name. Concepts are then joined wherever two pictures' 128-bit average and difference hashes differ in at most
+{near} bits, over both domains. The split is drawn by the hash of the concept's name (of emoji {emoji}; of clip art
+{openclipart}); concepts of more than {largest} pictures, those that hold pictures of both domains, and series of
+look-alikes found by eye (arrows, cat faces, clouds, smiles ...) stay in train. Of clip art, at most {series_limit}
 pictures of one folder and first word are kept.
 
 ## Left out
@@ -42,8 +43,10 @@ the 2000s, by many hands, some with writing. Names follow Unicode, so "person" i
 """
 
 
-def write_card(out: Path, dropped: Counter) -> None:
-    """Counts what was really written."""
+def write_card(
+    out: Path, dropped: Counter, shares: Mapping[str, Mapping[str, float]], near: int, largest: int, series_limit: int
+) -> None:
+    """Counts what was really written, and says by what it was chosen: see the constants of make_embedded_data.py."""
     rows = ["| source | train | val | test |", "|---|---|---|---|"]
     for domain in ("emoji", "openclipart"):
         sets = {split: open_dataset(out / domain, split) for split in SPLITS}
@@ -51,7 +54,10 @@ def write_card(out: Path, dropped: Counter) -> None:
         for source in sorted(counts["train"]):
             rows.append(f"| {source} | " + " | ".join(str(counts[split][source]) for split in SPLITS) + " |")
     left_out = "\n".join(f"- {what}: {count}" for what, count in sorted(dropped.items()))
-    (out / "README.md").write_text(CARD.format(counts="\n".join(rows), dropped=left_out), encoding="utf-8")
+    told = {name: ", ".join(f"{share:.0%} {split}" for split, share in of.items()) for name, of in shares.items()}
+    limits = {"near": near, "largest": largest, "series_limit": series_limit}
+    card = CARD.format(counts="\n".join(rows), dropped=left_out, **told, **limits)
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_licences(sources: Path, out: Path) -> None:

@@ -306,7 +306,7 @@ def main() -> None:
         splits = assign(pictures, groups, SHARES[name]) | dict.fromkeys(train, "train")
         write(pictures, splits, args.out / name, quality)
     write_licences(args.sources, args.out)
-    write_card(args.out, dropped)
+    write_card(args.out, dropped, SHARES, NEAR, LARGEST, SERIES_LIMIT)
 
 
 if __name__ == "__main__":
