@@ -31,7 +31,7 @@ from torch import Tensor
 from biased_data import tint
 from derived import has_kind
 from refine_control.claim import learnt
-from refine_control.compare.plan import TEACHER, TEACHES, CompareRecipe, Run, base_recipe, load, runs
+from refine_control.compare.plan import TEACHER, TEACHES, CompareRecipe, Run, base_recipe, load, runs, with_results
 from refine_control.compare.runs import Workshop, read_sheet, result_of, shown_of
 from refine_control.distill.preview import mask_out, save_grid
 from refine_control.errors import UserError
@@ -101,12 +101,12 @@ class Ruler:
 
 
 def finished(plan: CompareRecipe) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs that are scored, with their results.
+    """The runs that are scored, of all their seeds, with their results.
 
     Raises:
         UserError: they are of different teachers.
     """
-    found = [(run, result) for run in runs(plan, {}) if (result := result_of(run)) is not None]
+    found = [(run, result) for run in runs(with_results(plan, None), {}) if (result := result_of(run)) is not None]
     if len({result["contents"]["teacher"] for _, result in found}) > 1:
         raise UserError(f"the runs in '{plan.output_dir}' are of different teachers; remove those of the older one")
     return found
@@ -154,8 +154,16 @@ def _all_but_teacher(result: Mapping[str, Any]) -> str:
     return json.dumps([learns, contents], sort_keys=True)
 
 
-def pictures_of(model: str | Path, folder: Path, recipe: DistilRecipe, domains: dict[str, Domain]) -> Tensor:
-    evaluate_model(str(model), domains, recipe, folder)
+def pictures_of(
+    model: str | Path,
+    folder: Path,
+    recipe: DistilRecipe,
+    domains: dict[str, Domain],
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
+) -> Tensor:
+    """Of the labelled domain; as `evaluate_model`, of a teacher with its controlnets and its students' only steps."""
+    evaluate_model(str(model), domains, recipe, folder, controlnets, steps)
     return drawn(folder)["labelled"]
 
 
@@ -188,9 +196,10 @@ def table(
             one["twin"] = other["kind"]
     if not casts:
         raise UserError(f"no run of '{plan.output_dir}' is finished with its student in '{work}'")
+    drawn_as = shop.domains, base.controlnets, base.only_steps
     teachers = {
-        "clean teacher": pictures_of(taught.init_from, work / "clean-teacher", base, shop.domains),
-        "biased teacher": pictures_of(base.teacher, work / TEACHER / "seed-0", base, shop.domains),
+        "clean teacher": pictures_of(taught.init_from, work / "clean-teacher", base, *drawn_as),
+        "biased teacher": pictures_of(base.teacher, work / TEACHER / "seed-0", base, *drawn_as),
     }
     clean, biased = (ruler.measure(pictures) for pictures in teachers.values())
     shown = {name: pictures[ruler.shown] for name, pictures in teachers.items()} | strips
@@ -217,8 +226,8 @@ def add_shares(casts: Mapping[str, dict[int, Casts]], control: str, biased: floa
                 one["share_of_twin"] = passed(one["kind"], one["twin"], biased, clean)
 
 
-def over_seeds(seeds: Mapping[int, Casts]) -> dict[str, dict[str, float]]:
-    """{"mean", "sd"} of every figure, over the seeds that have it; no sd of one."""
+def over_seeds(seeds: Mapping[int, Casts]) -> dict[str, dict[str, Any]]:
+    """{"mean", "sd", "n"} of every figure, over the n seeds that have it; no sd of one."""
     values: dict[str, list[float]] = {}
     for one in seeds.values():
         for key, value in one.items():
@@ -227,6 +236,7 @@ def over_seeds(seeds: Mapping[int, Casts]) -> dict[str, dict[str, float]]:
     return {
         "mean": {key: statistics.mean(some) for key, some in values.items()},
         "sd": {key: statistics.stdev(some) for key, some in several.items()},
+        "n": {key: len(some) for key, some in values.items()},
     }
 
 
@@ -260,18 +270,19 @@ def _how(figures: Mapping[str, Any]) -> str:
         f"same pictures, shifted as in training, have a cast of {figures['planted']:+.3f}. Share: what a student has "
         f"more than '{figures['control']}' of the same seed, or than its twin, the same student of the clean teacher, "
         f"by what the biased teacher has more than the clean one. {sample['num_inference_steps']} sampler steps, "
-        f"guidance {sample['guidance_scale']:g}. Mean ± standard deviation over training seeds; code at "
-        f"{figures['commit'] or 'no commit'}."
+        f"guidance {sample['guidance_scale']:g}. Mean ± standard deviation over training seeds, over fewer of "
+        f"them where that number stands behind it; code at {figures['commit'] or 'no commit'}."
     )
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     if key not in row["mean"]:
         return "–"
-    mean, sd = row["mean"][key], row["sd"].get(key)
+    mean, sd, n = row["mean"][key], row["sd"].get(key), row["n"][key]
+    fewer = "" if n == len(row["runs"]) else f" ({n})"
     if key.startswith("share"):
-        return f"{round(100 * mean)} %" + ("" if sd is None else f" ± {round(100 * sd)}")
-    return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}")
+        return f"{round(100 * mean)} %" + ("" if sd is None else f" ± {round(100 * sd)}") + fewer
+    return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}") + fewer
 
 
 def save_pictures(path: Path, ruler: Ruler, shown: Mapping[str, Tensor]) -> None:

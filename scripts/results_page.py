@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refine_control.compare.claims import LEAST_SEEDS
-from refine_control.compare.plan import CompareRecipe, load
+from refine_control.compare.statistics import LEAST_SEEDS
 from refine_control.evaluate.metrics import arrow
 from refine_control.export.bench import table as table_of_bench
 from short_table import ROOT, in_readme, read
@@ -107,21 +105,15 @@ def compared(name: str, commands: Sequence[str]) -> list[str]:
 
 def overview() -> list[str]:
     """A line for each comparison: its rows, their seeds where they are trained, how much of what it claims holds."""
-    here = {name: one for name in ALL_COMPARED if (one := read(f"{name}/scores.json"))}
+    here = [one for name in ALL_COMPARED if (one := read(f"{name}/scores.json"))]
     lines = ["| comparison | rows | seeds | claims that hold |", "|---|---:|---:|---:|"]
-    for name, one in here.items():
+    for one in here:
         counts = [len(row["runs"]) for row in one["rows"].values() if row["steps"]]
         seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
-        claims = [claim["holds"] for claim in one["claims"] if recipe_of(name).proof]
+        claims = [claim["holds"] for claim in one["claims"]]
         held = f"{sum(claims)} of {len(claims)}" if claims else "–"
         lines.append(f"| [{one['title']}](#{anchor(one['title'])}) | {len(one['rows'])} | {seeds} | {held} |")
     return [*lines, ""]
-
-
-@cache
-def recipe_of(name: str) -> CompareRecipe:
-    """Of a comparison, by the folder of its results."""
-    return load(ROOT / "recipes" / f"{'compare-demo' if name == 'demo' else name}.yaml", {})[0]
 
 
 def anchor(title: str) -> str:

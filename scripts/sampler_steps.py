@@ -76,6 +76,7 @@ def measure(
                     domains,
                     recipe.model_copy(update={"sample": sample}),
                     work / name.replace(":", "-").replace("/", "-") / f"{place}" / f"steps-{count}",
+                    recipe.controlnets if path == recipe.teacher else (),
                 )
                 for place, path in enumerate(paths)
             }

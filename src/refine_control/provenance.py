@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from refine_control import __version__
 
 
+@cache
 def commit() -> str:
-    """Of the code, with '+' behind it where that was changed since; '' where it is in no repository."""
+    """Of the code when the process first asked, with '+' behind it where that was changed; '' where it is in no
+    repository."""
     source = Path(__file__).parent
 
     def git(*words: str) -> str:

@@ -70,8 +70,10 @@ def test_a_trained_row_is_met_on_common_seeds_alone() -> None:
 
 
 def test_beyond_the_spread() -> None:
-    gains = [{"mean": 1.0, "sd": 0.5}, {"mean": -1.0, "sd": 0.5}, {"mean": 0.4, "sd": 0.5}, {"mean": 9.0, "sd": None}]
-    assert [beyond_spread(found) for found in gains] == [1, -1, 0, 0]
+    gains: list[dict[str, Any]] = [{"mean": mean, "sd": 0.5, "n": 3} for mean in (1.0, -1.0, 0.4)]
+    assert [beyond_spread(found) for found in gains] == [1, -1, 0]
+    assert beyond_spread({"mean": 9.0, "sd": None, "n": 1}) == 0
+    assert beyond_spread({"mean": 9.0, "sd": 0.5, "n": 2}) == 0, "two seeds tell no spread"
 
 
 def test_the_way_from_scratch_to_the_teacher() -> None:
@@ -128,6 +130,19 @@ def test_the_spread_of_a_share_is_of_both_ends_seed_by_seed() -> None:
     }
     (found,) = (claim for claim in claims("refine-control", table) if "half of the way" in claim.text)
     assert found.figures == "50.0 % ± 0.0; in 3 of 3 seeds", "each is half-way from its own scratch"
+
+
+def test_the_way_from_scratch_is_that_of_the_seeds_that_both_have() -> None:
+    table = {
+        "teacher": results([20], [100], is_trained=False),
+        "scratch": results([10, 10.2, 10.1, 10, 10], [300, 320, 310, 600, 600]),
+        "refine-control": results([19, 19.1, 19.3], [220, 232, 226]),
+    }
+    (found,) = (claim for claim in claims("refine-control", table) if "half of the way" in claim.text)
+    assert not found.holds, "against the mean of all five it would be 0.63"
+    assert found.figures == "40.0 % ± 0.0; in 0 of 3 seeds"
+    apart = {seed + 9: one for seed, one in table["scratch"].items()}
+    assert not any("half of the way" in one.text for one in claims("refine-control", table | {"scratch": apart}))
 
 
 def test_rows_that_come_out_alike_have_no_p() -> None:

@@ -106,6 +106,9 @@ def test_what_passes_is_counted_against_the_control_of_the_same_seed() -> None:
     assert found["mean"]["share"] == pytest.approx(0.75)
     assert found["sd"]["share"] == pytest.approx(0.125**0.5)
     assert "share_of_twin" not in found["sd"], "one seed has no spread"
+    row = {**found, "runs": casts["output"]}
+    cells = [bias_table._cell(row, key) for key in ("kind", "share", "share_of_twin")]
+    assert cells == ["+0.420 ± 0.420", "75 % ± 35 (2)", "25 % (1)"], "of how many seeds, where not of all"
 
 
 # From the data to the table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from refine_control.compare.plan import TEACHER
 from refine_control.evaluate.metrics import arrow, sign
 from refine_control.evaluate.report import Row
+from refine_control.files import written_aside
 
 COSTS = {"macs": ("the denoiser's MACs for a picture", 1e6, "M"), "wall_seconds": ("training", 60, "min")}
 MARKERS = "osD^"
@@ -68,6 +68,7 @@ def plot_rows(rows: list[Row], ours: str, path: Path) -> None:
     shown = [row for row in rows if row.steps]
     domains, metrics = _panels(shown)
     if not shown:
+        path.unlink(missing_ok=True)
         return
     size = (2.6 * len(metrics) + 3.5, (0.22 * len(shown) + 0.9) * len(domains))
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False, sharey=True)
@@ -128,9 +129,8 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """As a PNG, whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")  # two processes may write it
-    figure.savefig(aside, dpi=110, metadata={"Software": None})
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=110, metadata={"Software": None})
 
 
 def _panels(rows: list[Row]) -> tuple[list[str], list[str]]:

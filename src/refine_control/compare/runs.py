@@ -89,7 +89,7 @@ def result_of(run: Run) -> dict[str, Any] | None:
         raise DataError(f"cannot read '{path}' ({error}); remove it, then the run is made anew") from None
 
 
-def finish(run: Run, shop: Workshop) -> dict[str, Any]:
+def finish(run: Run, shop: Workshop) -> None:
     """Trains and scores a run, or takes its result as it is when it is complete and of this recipe.
 
     Raises:
@@ -109,7 +109,7 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
                     f"'{run.out / 'run.json'}' is the result of another recipe, teacher, data, method, rival, "
                     "precision or scoring network; remove it, or choose another output_dir"
                 )
-            return kept
+            return
         result = {
             "row": run.row, "seed": run.seed, "identity": identity, "commit": shop.commit, "version": __version__,
             "machine": machine(), "device": pick_device(recipe.run.device).type,
@@ -120,7 +120,6 @@ def finish(run: Run, shop: Workshop) -> dict[str, Any]:
         }  # fmt: skip
         _keep_losses(run)
         write_whole(run.out / "run.json", json.dumps(_rounded(result)))
-        return result
 
 
 def digest_of(

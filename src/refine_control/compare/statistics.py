@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy.stats import ttest_rel, wilcoxon
 from refine_control.evaluate.metrics import sign
 
 REGIONS = ("whole", "hole")
-Results = dict[int, dict[str, Any]]  # seed -> what runs.finish returns
+LEAST_SEEDS = 3  # on fewer, nothing is claimed and no spread is told
+Results = dict[int, dict[str, Any]]  # seed -> what runs.result_of reads
 
 
 def value(result: dict[str, Any], domain: str, metric: str, region: str) -> float:
@@ -36,10 +38,10 @@ def metrics_of(results: Results) -> dict[str, list[str]]:
     return {domain: list(scored["metrics"]) for domain, scored in next(iter(results.values()))["domains"].items()}
 
 
-def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str = "hole") -> dict[str, Any] | None:
-    """How much better ours is than theirs (above 0: better, whatever the metric's sense), seed by seed.
+def duel(ours: Results, theirs: Results, domain: str, metric: str) -> dict[str, Any] | None:
+    """How much better ours is than theirs in the hole (above 0: better, whatever the metric's sense), seed by seed.
 
-    mean, sd of the gain; won of n seeds; p_seeds of a paired t-test where there are 3 seeds or more; p_images of a
+    mean, sd of the gain; won of n seeds; p_seeds of a paired t-test where there are LEAST_SEEDS or more; p_images of a
     Wilcoxon test over images, each averaged over the seeds, for metrics that every image has. A row that is not trained
     (classical inpainting) is met by every seed of ours. None where they have no seed in common.
     """
@@ -48,30 +50,31 @@ def duel(ours: Results, theirs: Results, domain: str, metric: str, region: str =
     pairs = [(mine, met[seed]) for seed, mine in ours.items() if seed in met]
     if not pairs:
         return None
-    scores = [(value(a, domain, metric, region), value(b, domain, metric, region)) for a, b in pairs]
+    scores = [(value(a, domain, metric, "hole"), value(b, domain, metric, "hole")) for a, b in pairs]
     gains = [sign(metric) * (a - b) for a, b in scores]
-    tested = one["is_trained"] and len(pairs) > 2 and any(gains)
+    tested = one["is_trained"] and len(pairs) >= LEAST_SEEDS and any(gains)
     return {
         "mean": statistics.mean(gains),
         "sd": statistics.stdev(gains) if len(gains) > 1 else None,
         "won": sum(gain > 0 for gain in gains),
         "n": len(gains),
         "p_seeds": float(ttest_rel(*zip(*scores, strict=True)).pvalue) if tested else None,
-        "p_images": _over_images(pairs, domain, metric, region),
+        "p_images": _over_images(pairs, domain, metric),
     }
 
 
-def _over_images(pairs: list[tuple[Any, Any]], domain: str, metric: str, region: str) -> float | None:
-    per_image = [[r["domains"][domain]["per_image"].get(metric, {}).get(region) for r in pair] for pair in pairs]
+def _over_images(pairs: list[tuple[Any, Any]], domain: str, metric: str) -> float | None:
+    per_image = [[r["domains"][domain]["per_image"].get(metric, {}).get("hole") for r in pair] for pair in pairs]
     if not all(a and b for a, b in per_image):
         return None
     mine, other = (np.mean([pair[side] for pair in per_image], axis=0) for side in (0, 1))
     return float(wilcoxon(mine, other).pvalue) if np.any(mine != other) else None
 
 
-def beyond_spread(found: dict[str, Any]) -> int:
-    """1 where ours is better by more than the spread of the gain over seeds, -1 where worse by more, else 0."""
-    if found["sd"] is None or abs(found["mean"]) <= found["sd"]:
+def beyond_spread(found: Mapping[str, Any]) -> int:
+    """1 where ours is better by more than the spread of the gain over seeds, -1 where worse by more, else 0; 0 too on
+    fewer than LEAST_SEEDS."""
+    if found["n"] < LEAST_SEEDS or abs(found["mean"]) <= found["sd"]:
         return 0
     return 1 if found["mean"] > 0 else -1
 

@@ -38,7 +38,7 @@ def markdown(
     for domain in dict.fromkeys(domain for row in rows for domain in row.scores):
         trained_on = provenance["scored"][domain]["trained_on"]
         lines += [f"## {heading(domain, trained_on)}, in the hole", "", *_scores(rows, domain, results), ""]
-    if plan.ours in results and len(results) > 2:
+    if plan.ours in results and results.keys() - {plan.ours, TEACHER}:
         lines += [f"## {plan.label(plan.ours)} against each row, in the hole", "", *_duels(plan, results), ""]
     if found:
         lines += ["## Claims", "", "| claim | | figures |", "|---|---|---|"]
@@ -99,9 +99,10 @@ def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
     ours = results[plan.ours]
     metrics = list(dict.fromkeys(m for some in metrics_of(ours).values() for m in some))
     lines = [
-        "How much better (above 0) or worse: mean ± standard deviation over seeds, seeds won; bold beyond that spread, "
-        "which alone is weak evidence: with three seeds it can be p 0.2. p: of a paired t-test over seeds, of a "
-        "Wilcoxon test over images; of so many tests some are below 0.05 by chance.",
+        "How much better (above 0) or worse, on the seeds that both have (the means above may be over more): mean ± "
+        "standard deviation over seeds, seeds won; with three seeds or more bold beyond that spread, which alone is "
+        "weak evidence: with three it can be p 0.2. p: of a paired t-test over seeds, of a Wilcoxon test over images; "
+        "of so many tests some are below 0.05 by chance.",
         "",
         "| against | domain | " + " | ".join(metrics) + " |",
         "|---|---|" + "---|" * len(metrics),
@@ -117,7 +118,7 @@ def _duels(plan: CompareRecipe, results: Mapping[str, Results]) -> list[str]:
 def _gain(found: Mapping[str, Any]) -> str:
     spread = "" if found["sd"] is None else f" ± {found['sd']:.2g}"
     text = f"{found['mean']:+.3g}{spread}"
-    text = f"**{text}**" if beyond_spread(dict(found)) else text
+    text = f"**{text}**" if beyond_spread(found) else text
     tests = [f", {name} p {p:.2g}" for name in ("seeds", "images") if (p := found[f"p_{name}"]) is not None]
     return f"{text} ({found['won']}/{found['n']}{''.join(tests)})"
 

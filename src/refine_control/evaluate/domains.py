@@ -68,7 +68,7 @@ def open_domains(data: DataConfig, masks: MaskConfig, config: EvaluateConfig) ->
         if pictures is not None:
             files = pictures.dataset.files()
             trained_on = warn_if_trained_on(getattr(data, name), files, config.split, data.skip_corrupt)
-            heldout = HeldOut.choose(name, pictures, name == "labelled", masks, config)
+            heldout = HeldOut.choose(pictures, name == "labelled", masks, config)
             if len(heldout.batch) < 2:  # of one picture no spread can be told
                 raise DataError(
                     f"'evaluate.images' = {config.images}, and the {name} pictures of split '{config.split}' are "

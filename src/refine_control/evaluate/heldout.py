@@ -25,13 +25,10 @@ from refine_control.student.plan import probe
 class HeldOut:
     """One domain's test pictures. batch.image: (N, 3, H, W) in [-1, 1]; masks and noise depend on the row alone."""
 
-    name: str
     batch: Batch
 
     @classmethod
-    def choose(
-        cls, name: str, pictures: Pictures, has_captions: bool, masks: MaskConfig, config: EvaluateConfig
-    ) -> HeldOut:
+    def choose(cls, pictures: Pictures, has_captions: bool, masks: MaskConfig, config: EvaluateConfig) -> HeldOut:
         """`config.images` pictures, evenly spaced over the data set (all of them where there are fewer)."""
         count = min(config.images, pictures.examples)
         rows = np.linspace(0, pictures.examples - 1, count).round().astype(int).tolist()
@@ -41,12 +38,8 @@ class HeldOut:
                 side = example.mask.shape[0]
                 raise DataError(f"{example.key}: its mask has no white at {side}x{side}; paint a larger hole")
         seed = derive_seed("held-out", config.seed)
-        return cls(
-            name,
-            make_batch(
-                examples, masks.model_dump(), seed, [has_captions] * count, rows, controls=pictures.config.controls
-            ),
-        )
+        known = [has_captions] * count
+        return cls(make_batch(examples, masks.model_dump(), seed, known, rows, controls=pictures.config.controls))
 
     @property
     def true(self) -> Tensor:

@@ -131,8 +131,7 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path | None = None
     for domain, columns in tables.items():
         for i, row in enumerate(rows):
             exact.append([domain, row.name, row.label, *(c.values[i] for c in columns), row.steps])
-            texts = (f"**{c.texts[i]}**" if i in c.best else c.texts[i] for c in columns)
-            shown.append([domain, row.label, *texts])
+            shown.append([domain, row.label, *(c.texts[i] for c in columns)])
     raw = io.StringIO()
     csv.writer(raw, lineterminator="\n").writerows(exact)
     write_whole(path_csv, raw.getvalue())
@@ -197,7 +196,7 @@ def _columns(rows: Sequence[Row], domain: str, metrics_of: Iterable[str]) -> lis
 def _column(rows: Sequence[Row], key: str, unit: str, values: Values, scale: float, smalls: list[str]) -> Column:
     """Shows a column with as many decimals as give its largest value four digits, and finds the best of the students.
 
-    Students are the rows with params below the first. All that read alike are best, unless all do; not of costs.
+    Students are the rows after the first that have params. All that read alike are best, unless all do; not of costs.
     """
     is_up = sign(key) > 0
     largest = max((abs(v) / scale for v in values if v is not None), default=0) or 1

@@ -54,10 +54,10 @@ def open_heldout(
     data = validate(DataConfig, given, "command line")
     how = (True, MaskConfig(), EvaluateConfig(split=split, images=images))
     try:
-        heldout = HeldOut.choose(split, Pictures(dataset, data, variants=1), *how)
+        heldout = HeldOut.choose(Pictures(dataset, data, variants=1), *how)
     except DataError:  # only now is every picture looked at, to leave out those that cannot be read
         pictures = Pictures(dataset, data.model_copy(update={"skip_corrupt": True}), variants=1)
-        heldout = HeldOut.choose(split, pictures, *how)
+        heldout = HeldOut.choose(pictures, *how)
     if split == "test" and len(heldout.batch) < min(2, images):
         raise DataError(f"'{folder}' has one picture that can be used; give 2 or more")
     return heldout
