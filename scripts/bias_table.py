@@ -279,10 +279,11 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if key not in row["mean"]:
         return "–"
     mean, sd, n = row["mean"][key], row["sd"].get(key), row["n"][key]
-    fewer = "" if n == len(row["runs"]) else f" ({n})"
     if key.startswith("share"):
-        return f"{round(100 * mean)} %" + ("" if sd is None else f" ± {round(100 * sd)}") + fewer
-    return f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}") + fewer
+        text = f"{round(100 * mean)} %" + ("" if sd is None else f" ± {round(100 * sd)}")
+    else:
+        text = f"{mean:+.3f}" + ("" if sd is None else f" ± {sd:.3f}")
+    return text if n == len(row["runs"]) else f"{text} ({n})"
 
 
 def save_pictures(path: Path, ruler: Ruler, shown: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from refine_control.compare.statistics import over_seeds
 from refine_control.compare.summary import scored_on
 from refine_control.compare.tables import cell, heading, pictures_scored
 from refine_control.errors import UserError
-from refine_control.evaluate.domains import Domain, evaluate_model
+from refine_control.evaluate.domains import Domain, controlnets_of, evaluate_model
 from refine_control.evaluate.metrics import arrow
 from refine_control.files import write_whole
 from refine_control.provenance import machine
@@ -76,7 +76,7 @@ def measure(
                     domains,
                     recipe.model_copy(update={"sample": sample}),
                     work / name.replace(":", "-").replace("/", "-") / f"{place}" / f"steps-{count}",
-                    recipe.controlnets if path == recipe.teacher else (),
+                    controlnets_of(path, recipe),
                 )
                 for place, path in enumerate(paths)
             }

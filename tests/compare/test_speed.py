@@ -44,8 +44,7 @@ def test_a_dry_run_takes_the_times_of_the_table(
         raise AssertionError
 
     monkeypatch.setattr("refine_control.compare.speed.step_times", measured_anew)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)  # as torch begins, before a recipe's number is set
+    torch.set_num_threads(torch.get_num_threads() + 1)  # as torch begins, before a recipe's number is set
     assert "2/2" in comparing.dry_run(plan_of(base, tmp_path), {})
     assert not (tmp_path / "work/planned-speed.json").exists()
     told = json.loads((tmp_path / "results/speed.json").read_text())

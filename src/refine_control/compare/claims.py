@@ -90,10 +90,10 @@ def _near_teacher(ours: str, results: Mapping[str, Results], domain: str, metric
     """Shares of the teacher's PSNR and SSIM, of the way from scratch in the others; seed by seed."""
     mine, began = results[ours], results.get("scratch", {})
     both = [seed for seed in mine if seed in began]
-    best = over_seeds(results["teacher"])[0][domain]
+    teachers = over_seeds(results["teacher"])[0][domain]
     found = []
     for metric in metrics:
-        teacher = best[metric]["hole"]
+        teacher = teachers[metric]["hole"]
         if sign(metric) > 0:
             text = f"{domain}: {LEAST_SHARE:.0%} of the teacher's {metric}"
             shares = [value(one, domain, metric, "hole") / teacher for one in mine.values()]

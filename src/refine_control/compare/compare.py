@@ -16,7 +16,7 @@ from refine_control.compare.speed import Times, kept_times, measure, minutes, un
 from refine_control.compare.summary import summarise
 from refine_control.distill.checkpoint import step_of
 from refine_control.distill.distil import with_known_commits
-from refine_control.distill.processes import pick_device, refuse_processes, set_threads
+from refine_control.distill.processes import pick_device, refuse_processes
 from refine_control.errors import BusyError, RecipeError, UserError
 from refine_control.evaluate.domains import check_fillable
 from refine_control.files import is_held, write_whole
@@ -53,7 +53,7 @@ def compare(
         check_fillable(shop.domains)
     busy = todo
     for _ in range(2):  # what was busy may be finished by now, or given up
-        busy = [run for run in busy if not _is_finished(run, shop)]
+        busy = [run for run in busy if not _finish_unless_busy(run, shop)]
     if busy:
         tqdm.write(f"{len(busy)} of {len(todo)} runs are another process's; the table has those that are finished")
     there = _in_order([run for run in todo if run not in busy], plan)
@@ -61,8 +61,8 @@ def compare(
     return summarise(plan, there, _times(plan, _trained(there, shop), shop), shop)
 
 
-def _is_finished(run: Run, shop: Workshop) -> bool:
-    """Finishes it, or checks what is there; False where another process is at it."""
+def _finish_unless_busy(run: Run, shop: Workshop) -> bool:
+    """Whether that was done; False where another process is at the run."""
     try:
         finish(run, shop)
     except BusyError:
@@ -106,7 +106,6 @@ def dry_run(plan: CompareRecipe, overrides: dict[str, str], rivals: Sequence[Pat
     What it measures for that it keeps in work_dir, beside no table's own times.
     """
     shop = Workshop(base_recipe(plan, overrides), rivals)
-    set_threads(shop.base.run)  # which the times depend on
     todo = _planned(plan, overrides, shop)
     planned = Path(plan.work_dir or plan.output_dir) / "planned-speed.json"
     trained = _trained(todo, shop)

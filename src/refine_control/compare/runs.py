@@ -23,7 +23,7 @@ from refine_control.compare.rivals import Rival, find
 from refine_control.compare.sharing import share_stage1
 from refine_control.distill.distil import OURS, Distiller
 from refine_control.distill.loop import train
-from refine_control.distill.processes import pick_device
+from refine_control.distill.processes import pick_device, set_threads
 from refine_control.distill.stages import VERSION, Method
 from refine_control.errors import DataError, RecipeError
 from refine_control.evaluate.domains import Domain, drawn, evaluate_model, open_domains
@@ -46,6 +46,7 @@ class Workshop:
     rivals: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
+        set_threads(self.base.run)  # which kept times are of
         self.commit = commit()  # now, before anybody changes what is running
         self._distillers: dict[tuple[str, str], Distiller] = {}  # of a teacher, of data
         self._found: dict[str, Rival] = {}

@@ -89,6 +89,11 @@ def check_fillable(domains: dict[str, Domain]) -> None:
             )
 
 
+def controlnets_of(name: str, recipe: DistilRecipe) -> Sequence[str]:
+    """The recipe's, of a model that is its teacher, at whatever commit; any other has its own."""
+    return recipe.controlnets if name.partition("@")[0] == recipe.teacher.partition("@")[0] else ()
+
+
 def evaluate_model(
     name: str,
     domains: dict[str, Domain],
@@ -119,14 +124,13 @@ def evaluate_model(
     before = _result(kept)
     if before.get("settings") == settings:
         return before
-    made_by = commit()
     model = model or load(name, pick_device(recipe.run.device), controlnets).freeze()
     model = replace(model, scheduler=at_few_steps(model.scheduler, steps))
     check_resolution(model, name, recipe.data)
     counted = cost(model.denoiser, model)
     result: dict[str, Any] = {
         "settings": settings,
-        "commit": made_by,
+        "commit": commit(),
         "cost": {"params": counted.parameters, "macs": counted.macs},
         "domains": {},
     }

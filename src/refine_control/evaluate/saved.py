@@ -16,7 +16,7 @@ from refine_control.distill.preview import mask_out, save_grid
 from refine_control.distill.processes import pick_device, refuse_processes, set_threads
 from refine_control.evaluate import baselines
 from refine_control.evaluate.captions import caption_losses
-from refine_control.evaluate.domains import Domain, check_fillable, drawn, evaluate_model, open_domains
+from refine_control.evaluate.domains import Domain, check_fillable, controlnets_of, drawn, evaluate_model, open_domains
 from refine_control.evaluate.heldout import latency_ms, one_forward
 from refine_control.evaluate.report import Row, text_table, write_table
 from refine_control.files import write_whole
@@ -45,8 +45,7 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     rows = []
     for name in models:
         folder = out / name.replace(":", "-").replace("/", "-").strip("-.")
-        is_teacher = name.partition("@")[0] == recipe.teacher.partition("@")[0]  # whatever their commits
-        nets = recipe.controlnets if is_teacher else ()
+        nets = controlnets_of(name, recipe)
         model = load(name, pick_device(recipe.run.device), nets).freeze()
         result = evaluate_model(name, domains, recipe, folder, nets, model=model)
         say_if_blind(model, name, "--teacher and --controlnets")
