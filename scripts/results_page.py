@@ -38,19 +38,19 @@ ALL_COMPARED = (*COMPARISONS, "demo")  # as they follow each other on the page
 PROTOCOL = (
     "All comparisons are CPU variants, trimmed to what some hours of two cores allow: pictures of 32 px, students of 3 "
     "to 8 million parameters, for ablations half of the proof's steps, for the larger student and the one of a single "
-    "forward some of the rows; five seeds for the method, output distillation and from scratch, three for other rows. "
-    "The same grid at 64 px on a GPU has not been run. A row claims nothing on fewer than "
-    f"{LEAST_SEEDS} seeds; rows of one seed are of searches.",
+    "forward some of the rows; where claims are made five seeds for the method, output distillation and from scratch "
+    "(three in the demo), for most other rows three. The same grid at 64 px on a GPU has not been run. A row claims "
+    f"nothing on fewer than {LEAST_SEEDS} seeds; rows of one seed are of searches.",
     "",
     "All rows of a table see the same batches, masks and noise, but for those that are about pictures or batches; all "
     "are drawn with the same sampler, but for networks that have none; student and steps are the same unless a row's "
     "name says otherwise, and wall time stands beside steps. What is scored shows concepts that no training picture "
     "shows. Of each run `results/COMPARISON/ROW/seed-N/run.json` has its scores picture by picture, recipe, commit and "
     "machine; `scores.json` has the digest of what decided it. The rate was chosen on validation pictures for the "
-    "method and from scratch (`recipes/compare-schedule.yaml`), and distillation rivals take it; their weights are the "
-    "best of two or three there (`recipes/compare-rivals.yaml`). On the scored ones were chosen the rate of the "
-    "feed-forward rival (decision 33) and, for all models alike, the sampler's steps; of two against ten validation "
-    "pictures say the same (`results/sampler-steps-val`).",
+    "method and from scratch (`recipes/compare-schedule.yaml`), and distillation rivals take it; their weights are "
+    "their papers' or the best of two or three there (`recipes/compare-rivals.yaml`). On the scored ones were chosen "
+    "the rate of the feed-forward rival (decision 33) and, for all models alike, the sampler's steps; of two against "
+    "ten validation pictures say the same (`results/sampler-steps-val`).",
     "",
     "The commands go on from what is there: with the results of this repository they write the tables anew, from its "
     "runs. With `--output_dir runs/anew --work_dir runs/anew` a comparison is trained anew, and its other scripts need "

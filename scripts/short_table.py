@@ -18,7 +18,6 @@ SHORT = {  # students of two sizes, and the smaller one drawn in a single forwar
     "compare-emoji": ("scratch", "scratch-same-time", "output-kd", "refine-control", "biharmonic"),
     "compare-one-step": ("teacher", "scratch", "output-kd", "refine-control", "feedforward"),
 }
-MOST_NAMED = 3  # rows in one sentence
 MARKS = ("<!-- written by scripts/results_page.py -->", "<!-- up to here -->")
 
 
@@ -75,20 +74,14 @@ def _claimed(one: Mapping[str, Any], forwards: int, whole: Mapping[str, Any]) ->
         for learns in (True, False)
     )
     missed = "; ".join(dict.fromkeys(rows[claim["against"]]["label"] for claim in trained if not claim["holds"]))
-    labels = [row["label"] for row in rows.values()]
-    absent = [row["label"] for row in whole["rows"].values() if row["steps"] and row["label"] not in labels]
+    absent = {row["label"] for row in whole["rows"].values()} - {row["label"] for row in rows.values()}
     smaller = rows["teacher"]["params"] / rows[one["ours"]]["params"]
     return (
         f"- {smaller:.1f}x smaller, {forwards} forward{'s' * (forwards > 1)}: above other trained rows {_held(trained)}"
         f"{f' (not above: {missed})' if missed else ''}, above inpainting without training {_held(untrained)}, "
-        f"near the teacher {_held(near)}{_left_out(absent)}."
+        f"near the teacher {_held(near)}"
+        f"{f'; {len(absent)} rows of `{WHOLE}` are not compared' if absent else ''}."
     )
-
-
-def _left_out(labels: Sequence[str]) -> str:
-    if len(labels) > MOST_NAMED:
-        return f"; {len(labels)} rows of `{WHOLE}` are not compared"
-    return f"; not compared: {'; '.join(labels)}" if labels else ""
 
 
 def _held(claims: Sequence[Mapping[str, Any]]) -> str:

@@ -320,6 +320,7 @@ def test_scores_of_pictures_that_were_trained_on_are_called_so(
     argv = ["evaluate", str(workplace / "teacher"), "--recipe", str(workplace / "recipe.yaml")]
     assert main([*argv, "--output_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("pictures that were trained on") == 2
+    assert "trained on: the scores of labelled and unlabelled" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_kept_scores_that_are_damaged_are_made_anew(workplace: Path, tmp_path: Path) -> None:

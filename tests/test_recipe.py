@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from refine_control.claim import claim
+from refine_control.compare.plan import CompareRecipe
 from refine_control.errors import RecipeError
 from refine_control.plans import Config
 from refine_control.recipe import DistilRecipe, StageConfig, TeacherRecipe, load, save, validate
@@ -329,6 +330,21 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(SMALL.replace("output_dir: runs/small", ""), encoding="utf-8")
     assert "'output_dir'" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "command"),
+    [
+        (DistilRecipe, "compare-emoji", "compare"),
+        (DistilRecipe, "emoji-teacher", "train-teacher"),
+        (TeacherRecipe, "demo", "distill"),
+        (CompareRecipe, "demo", "distill"),
+    ],
+)
+def test_a_recipe_of_another_command_is_called_so(kind: type[Config], name: str, command: str) -> None:
+    path = SHIPPED[0].parent / f"{name}.yaml"
+    with pytest.raises(RecipeError, match=f"is one of `refine-control {command}`"):
+        load(kind, path, {"student": "mobile", "denoiser": "{}"})
 
 
 def test_levels_that_disagree_name_the_student(small: Path) -> None:

@@ -224,6 +224,7 @@ def _refuse_what_does_not_go_together(sample: SampleConfig, run: RunConfig, stag
 
 
 R = TypeVar("R", bound=Config)
+_OF = {"rows": "compare", "denoiser": "train-teacher", "student": "distill"}  # key -> the command whose recipes have it
 
 
 def load(kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None = None) -> R:
@@ -232,11 +233,11 @@ def load(kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None = 
     Raises:
         RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind; names the key and the value.
     """
-    return validate(kind, read_tree(path, overrides or {}), f"recipe '{path}'")
+    return validate(kind, read_tree(kind, path, overrides or {}), f"recipe '{path}'")
 
 
-def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's file with overrides laid over it, not yet validated. Raises RecipeError."""
+def read_tree(kind: type[Config], path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's file with overrides laid over it, not yet validated but of no other command. Raises RecipeError."""
     path = Path(path)
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
@@ -251,6 +252,8 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(
             f"recipe '{path}' is of format {found!r}, not {FORMAT} or before; install a later refine-control"
         )
+    for key in tree.keys() & _OF.keys() - kind.model_fields.keys():
+        raise RecipeError(f"recipe '{path}' is one of `refine-control {_OF[key]}`, by its key '{key}'; give another")
     for key, value in overrides.items():
         _override(tree, key, value)
     return tree

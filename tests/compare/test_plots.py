@@ -17,9 +17,9 @@ def row(name: str, score: float | None = 15.0, metric: str = "psnr") -> Row:
 
 def test_a_plot_against_a_cost_that_all_students_share_is_not_there(tmp_path: Path) -> None:
     rows, path = [row(name) for name in ("teacher", "small", "large")], tmp_path / "macs.png"
-    plot(rows, "macs", {"teacher": 30.0, "small": 10.0, "large": 20.0}, path)
+    plot(rows, "small", "macs", {"teacher": 30.0, "small": 10.0, "large": 20.0}, path)
     assert path.is_file()
-    plot(rows, "macs", {"teacher": 30.0, "small": 10.0, "large": 10.0}, path)
+    plot(rows, "small", "macs", {"teacher": 30.0, "small": 10.0, "large": 10.0}, path)
     assert not path.exists(), "nor one of before"
 
 
@@ -50,7 +50,7 @@ def test_an_arrow_points_to_a_row_that_is_far_off(metric: str, text: str) -> Non
     figure, (beside, below) = pyplot().subplots(1, 2)
     _rows_panel(beside, rows, "0", "labelled", metric)
     for n, one in enumerate(rows):
-        _point(below, one, "labelled", metric, 1.0 + n, "red", "o", far=n == 3)
+        _point(below, one, "labelled", metric, 1.0 + n, {"color": "red", "fmt": "o"}, far=n == 3)
     assert [(one.get_text(), one.get_position()[1]) for one in beside.texts] == [(text, 3)]
     arrow = next(line for line in below.lines if str(line.get_marker()).startswith("$"))
     assert arrow.get_marker() == ("$\\downarrow$" if metric == "psnr" else "$\\uparrow$")

@@ -1,6 +1,7 @@
 """A model survives its own folder, stock diffusers runs that folder, and a wrong folder is named in one line."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -194,6 +195,13 @@ def refused(name: Path | str) -> str:
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     assert "model_index.json" in refused(tmp_path / "nowhere")
     assert "model_index.json" in refused(tmp_path)
+
+
+def test_a_runs_folder_names_the_student_in_it(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model_index.json").touch()
+    with pytest.raises(ModelError, match=re.escape(f"no model_index.json; give '{tmp_path / 'student'}'")):
+        resolve(str(tmp_path))
 
 
 def test_an_unknown_zoo_name_lists_the_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

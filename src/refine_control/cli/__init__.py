@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -20,7 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _end_by_exception(signal.SIGTERM)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # their notes on dtypes hide our own messages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses 4-bit kernels that nobody asked for
     whole = parser()
     try:
         words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)

@@ -126,7 +126,7 @@ class Run(NamedTuple):
 def load(path: Path, overrides: dict[str, str]) -> tuple[CompareRecipe, dict[str, str]]:
     """A comparison, and the overrides that are of its base recipe: all that are no keys of the comparison itself."""
     own = {key: value for key, value in overrides.items() if key.split(".")[0] in CompareRecipe.model_fields}
-    tree = read_tree(path, own)
+    tree = read_tree(CompareRecipe, path, own)
     tree["base"] = str((path.parent / str(tree.get("base", ""))).resolve()) if tree.get("base") else None
     return validate(CompareRecipe, tree, f"recipe '{path}'"), {k: v for k, v in overrides.items() if k not in own}
 
@@ -192,6 +192,6 @@ def _recipe(plan: CompareRecipe, layers: Sequence[Mapping[str, Any]], origin: st
         for one in [f"stage{n}.{key[7:]}" for n in (1, 2)] if key.startswith("stages.") else [key]:
             laid.pop(one, None)  # so that it comes after what the layers below set
             laid[one] = value
-    tree = read_tree(plan.base, laid)
+    tree = read_tree(DistilRecipe, plan.base, laid)
     tree.setdefault("output_dir", plan.output_dir)
     return validate(DistilRecipe, tree, f"recipe '{plan.base}'" + (f", {origin}" if origin else ""))

@@ -16,10 +16,10 @@ COSTS = {"macs": ("the denoiser's MACs for a picture", 1e6, "M"), "wall_seconds"
 MARKERS = "osD^"
 
 
-def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Path) -> None:
+def plot(rows: list[Row], ours: str, cost: str, costs: Mapping[str, float | None], path: Path) -> None:
     """One panel for each domain and metric, in the hole; a point for each row that has this cost.
 
-    An arrow stands for a row so much worse that the others would lie on one spot.
+    An arrow stands for a row so much worse that the others would lie on one spot. ours is larger, and red alone.
     cost: one of COSTS. costs: row -> what it costs, None for nothing.
     """
     plt = pyplot()
@@ -33,17 +33,13 @@ def plot(rows: list[Row], cost: str, costs: Mapping[str, float | None], path: Pa
     title, scale, unit = COSTS[cost]
     size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
-    palette = plt.get_cmap("tab20").colors
-    looks = {  # alike in every plot
-        row.name: (palette[place % len(palette)], MARKERS[place // len(palette) % len(MARKERS)])
-        for place, row in enumerate(rows)
-    }
+    looks = _looks(rows, ours)
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
             far = _far_off([row for row, _ in shown.values()], domain, metric)
             for row, x in shown.values():
-                _point(axes[i, j], row, domain, metric, x / scale, *looks[row.name], far=row.name in far)
-            axes[i, j].set_title(f"{metric}\n{domain}", fontsize=8)
+                _point(axes[i, j], row, domain, metric, x / scale, looks[row.name], far=row.name in far)
+            axes[i, j].set_title(f"{metric} {arrow(metric)}\n{domain}", fontsize=8)
             axes[i, j].tick_params(labelsize=7)
             if cost == "macs":
                 axes[i, j].set_xscale("log")
@@ -146,7 +142,7 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
         score, spread = _score(row, domain, metric)
         if score is None:
             continue
-        colour = "tab:orange" if row.name == ours else "tab:blue"
+        colour = "tab:red" if row.name == ours else "tab:blue"
         if row.name in far:
             edge, side = (0.02, "left") if higher else (0.98, "right")
             text = f"← {score:.4g}" if higher else f"{score:.4g} →"
@@ -165,18 +161,27 @@ def _rows_panel(axis: Any, rows: list[Row], ours: str, domain: str, metric: str)
     axis.grid(axis="y", lw=0.3)
 
 
-def _point(axis: Any, row: Row, domain: str, metric: str, x: float, colour: Any, marker: str, far: bool) -> None:
+def _looks(rows: list[Row], ours: str) -> dict[str, dict[str, Any]]:
+    """Colour, marker and size of each row, alike in every plot of a comparison."""
+    colours = [colour for place, colour in enumerate(pyplot().get_cmap("tab20").colors) if place not in (6, 7)]  # reds
+    looks = {}
+    for place, row in enumerate(rows):
+        marker = MARKERS[place // len(colours) % len(MARKERS)]
+        looks[row.name] = {"color": colours[place % len(colours)], "fmt": marker, "ms": 5}
+    return looks | {TEACHER: {"color": "black", "fmt": "*", "ms": 9}, ours: {"color": "tab:red", "fmt": "o", "ms": 7}}
+
+
+def _point(axis: Any, row: Row, domain: str, metric: str, x: float, look: dict[str, Any], far: bool) -> None:
     score, spread = _score(row, domain, metric)
     if score is None:
         return
-    marker = "*" if row.name == TEACHER else marker
-    size = 9 if marker == "*" else 5
     if far:
-        edge, arrow = (0.05, "$\\downarrow$") if sign(metric) > 0 else (0.95, "$\\uparrow$")
-        axis.plot(x, edge, marker=arrow, ms=8, color=colour, ls="", transform=axis.get_xaxis_transform())
-        axis.errorbar([], [], fmt=marker, ms=size, color=colour, label=row.name)  # for the legend
+        edge, marker = (0.05, "$\\downarrow$") if sign(metric) > 0 else (0.95, "$\\uparrow$")
+        at_edge = axis.get_xaxis_transform()
+        axis.plot(x, edge, marker=marker, ms=8, color=look["color"], ls="", transform=at_edge)
+        axis.errorbar([], [], **look, label=row.name)  # for the legend
         return
-    axis.errorbar(x, score, yerr=spread, fmt=marker, ms=size, color=colour, label=row.name, capsize=2)
+    axis.errorbar(x, score, yerr=spread, **look, label=row.name, capsize=2)
 
 
 def _far_off(rows: list[Row], domain: str, metric: str) -> set[str]:

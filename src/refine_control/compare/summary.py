@@ -12,7 +12,7 @@ from refine_control.compare.plan import TEACHER, CompareRecipe, Run
 from refine_control.compare.plots import plot, plot_rows
 from refine_control.compare.runs import Workshop, pictures_of, result_of, shown_of
 from refine_control.compare.speed import Times, minutes
-from refine_control.compare.statistics import Results, over_seeds
+from refine_control.compare.statistics import LEAST_SEEDS, Results, over_seeds
 from refine_control.compare.tables import heading, markdown
 from refine_control.data.source import paths_of
 from refine_control.evaluate.domains import Domain
@@ -20,13 +20,11 @@ from refine_control.evaluate.report import ReportData, Row, text_table, write_re
 from refine_control.files import write_whole
 
 PLOTS = {
-    "rows": "Scores in the hole of each row that is trained; bars: standard deviation over seeds; band: the method's; "
-    "an arrow: beyond the axis.",
-    "macs": "Scores in the hole against the MACs of a picture (all steps); bars: standard deviation over seeds; "
-    "an arrow: beyond the axis.",
-    "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step); "
-    "an arrow: beyond the axis.",
+    "rows": "Scores in the hole of each row that is trained",
+    "macs": "Scores in the hole against the MACs of a picture (all steps)",
+    "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step)",
 }
+LEGEND = "red: the method; bars: standard deviation over seeds; an arrow: beyond the axis."
 
 
 def summarise(plan: CompareRecipe, done: Sequence[Run], times: Times, shop: Workshop) -> str:
@@ -54,8 +52,12 @@ def summarise(plan: CompareRecipe, done: Sequence[Run], times: Times, shop: Work
     text = markdown(title, plan, rows, results, found, provenance)
     write_whole(out / "table.md", text)
     plot_rows(rows, plan.ours, out / "rows.png")
-    plot(rows, "macs", {row.name: _macs_of_a_picture(row, first[row.name], shop) for row in rows}, out / "macs.png")
-    plot(rows, "wall_seconds", {row.name: row.wall_seconds for row in rows}, out / "wall_seconds.png")
+    costs = {
+        "macs": {row.name: _macs_of_a_picture(row, first[row.name], shop) for row in rows},
+        "wall_seconds": {row.name: row.wall_seconds for row in rows},
+    }
+    for cost, of_rows in costs.items():
+        plot(rows, plan.ours, cost, of_rows, out / f"{cost}.png")
     write_report(_page(title, plan, rows, first, domains, found, provenance, results), out / "report.html")
     return text_table(rows)
 
@@ -141,9 +143,8 @@ def _page(
     return ReportData(
         title=title,
         lead=(
-            f"{_distilled(plan, rows)}All that a sampler draws, the same one draws, from the same noise, in the same "
-            f"holes. Scores are means over {' or '.join(map(str, counts))} training seed(s), on "
-            f"{scored}."
+            f"{_distilled(plan, rows)}One sampler draws for all rows that need one, from the same noise, in the same "
+            f"holes. Scores, on {scored}, are {_over(counts)}."
         ),
         rows=rows,
         truth={name: domain.heldout.true[chosen[name]] for name, domain in domains.items()},
@@ -166,9 +167,19 @@ def _page(
             "Known pixels are pasted back into every result, so 'whole' scores differ by what stands in the hole.",
             "Minutes of training are steps times the time of a step, which was measured for all rows in turns.",
         ],
-        plots=[(text, out / f"{cost}.png") for cost, text in PLOTS.items() if (out / f"{cost}.png").is_file()],
+        plots=[
+            (f"{text}; {LEGEND}", out / f"{cost}.png")
+            for cost, text in PLOTS.items()
+            if (out / f"{cost}.png").is_file()
+        ],
         claims=[claim[:3] for claim in found],
     )
+
+
+def _over(counts: Sequence[int]) -> str:
+    """Of how many training seeds scores are, and what that is worth. counts: ascending."""
+    of = "of 1 training seed" if counts == [1] else f"means over {' or '.join(map(str, counts))} training seeds"
+    return of + ("; on fewer than three a difference may be chance" if counts[0] < LEAST_SEEDS else "")
 
 
 def _distilled(plan: CompareRecipe, rows: Sequence[Row]) -> str:

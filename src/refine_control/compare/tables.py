@@ -133,11 +133,12 @@ def _costs(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
         "Parameters, MACs and ms are of foundation and module, without the autoencoder and the text encoder, which are "
         f"the teacher's; of a rival's own network, of all of it. {timed if turns else 'Times are not measured yet.'}",
         "",
-        "| | parameters | MACs of a forward | ms of a forward | steps | minutes of training |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | in plots and claims | parameters | MACs of a forward | ms of a forward | steps | minutes of training |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         cells = [
+            row.name,
             f"{row.params:,}" if row.params else "–",
             f"{row.macs:,}" if row.macs else "–",
             f"{row.latency_ms:.1f}" if row.latency_ms else "–",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from refine_control.files import is_known, put_in_place, sync
 from refine_control.recipe import SampleConfig, StageConfig, validate
 
 disable_progress_bar()  # one bar for each file of a model says nothing
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses 4-bit kernels that nobody asked for
 
 ZOO = Path(__file__).parent.parent / "zoo"
 PIPELINES = tuple(
@@ -112,9 +114,10 @@ def resolve(name: str, own_controlnets: bool = True) -> Path:
     if _on_hub(name):
         folder = hub.download(name, "model_index.json", FOLDERS + (r"|controlnet(_\d+)?" if own_controlnets else ""))
     if not (folder / "model_index.json").is_file():
-        raise ModelError(
-            f"'{name}' is no saved pipeline: it has no model_index.json; give a folder, zoo:NAME or org/repo on the hub"
-        )
+        mend = "give a folder, zoo:NAME or org/repo on the hub"
+        if (inner := folder / "student" / "model_index.json").is_file():  # of a run
+            mend = f"give '{inner.parent}'"
+        raise ModelError(f"'{name}' is no saved pipeline: it has no model_index.json; {mend}")
     return folder
 
 

@@ -119,8 +119,8 @@ def write_report(data: ReportData, path: Path) -> None:
     write_whole(path, page)
 
 
-def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path | None = None) -> None:
-    """Writes the tables of all domains as one: exact numbers as CSV, the page's numbers as Markdown."""
+def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path | None = None, note: str = "") -> None:
+    """Writes the tables of all domains as one: exact numbers as CSV, the page's numbers as Markdown, a note below."""
     domains = _domains(rows)
     tables = {domain: _columns(rows, domain, domains) for domain in domains}
     heads = next(iter(tables.values()), [])
@@ -138,7 +138,7 @@ def write_table(rows: Sequence[Row], path_csv: Path, path_md: Path | None = None
     if path_md is None:
         return
     lines = (" | ".join(" ".join(text.split()).replace("|", "\\|") for text in line) for line in shown)
-    write_whole(path_md, "".join(f"| {line} |\n" for line in lines))
+    write_whole(path_md, "".join(f"| {line} |\n" for line in lines) + (f"\n{note}\n" if note else ""))
 
 
 def _title(column: Column) -> str:
@@ -276,7 +276,7 @@ def _panel(name: str, runs: list[list[Stage]]) -> dict[str, Any]:
         for begin, (_, terms) in zip(begins[number], stages, strict=False):
             if name in terms:
                 steps, logged = np.array(terms[name], dtype=np.float64).T
-                window = np.ones(max(1, len(logged) // 15))
+                window = np.ones(min(len(logged), max(3, len(logged) // 15)))
                 mean = np.convolve(logged, window, "same") / np.convolve(np.ones_like(logged), window, "same")
                 x, thin = _WIDTH * (steps + begin) / last, slice(None, None, math.ceil(len(logged) / _POINTS))
                 lines.append((number, *(list(zip(x[thin], down(y[thin]), strict=True)) for y in (logged, mean))))

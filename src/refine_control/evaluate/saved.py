@@ -68,7 +68,9 @@ def evaluate(recipe: DistilRecipe, models: Sequence[str], with_baselines: bool) 
     table["heldout"] = {key: domain.heldout.fingerprint() for key, domain in domains.items()}
     table |= {"commit": made_by, "machine": machine()}
     out.mkdir(parents=True, exist_ok=True)
-    write_table(rows, out / "table.csv", out / "table.md")
+    seen = [key for key, domain in domains.items() if domain.trained_on]
+    note = f"Of pictures that were trained on: the scores of {' and '.join(seen)}." if seen else ""
+    write_table(rows, out / "table.csv", out / "table.md", note)
     write_whole(out / "scores.json", json.dumps(table, indent=1))
     return text_table(rows)
 
