@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ from refine_control.files import is_known, put_in_place, sync
 from refine_control.recipe import SampleConfig, StageConfig, validate
 
 disable_progress_bar()  # one bar for each file of a model says nothing
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses 4-bit kernels that nobody asked for
 
 ZOO = Path(__file__).parent.parent / "zoo"
 PIPELINES = tuple(
