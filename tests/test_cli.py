@@ -379,6 +379,7 @@ def refused_filling(capsys: pytest.CaptureFixture[str], model: Path, folder: Pat
         (("--seed", str(-(10**30))), ("'seed'", str(-(10**30)))),
         (("--guidance_scale", ".inf"), ("'guidance_scale'", "inf")),
         (("--prompt", "caf\udce9"), ("--prompt 'caf\\udce9' is not UTF-8",)),
+        (("--mask", "examples/monkey.png"), ("'examples/monkey.png' is in colour", "white where to fill")),
     ],
 )
 def test_odd_wishes_of_a_picture_are_refused(

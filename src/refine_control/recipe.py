@@ -252,8 +252,9 @@ def read_tree(kind: type[Config], path: str | Path, overrides: Mapping[str, Any]
         raise RecipeError(
             f"recipe '{path}' is of format {found!r}, not {FORMAT} or before; install a later refine-control"
         )
-    for key in tree.keys() & _OF.keys() - kind.model_fields.keys():
-        raise RecipeError(f"recipe '{path}' is one of `refine-control {_OF[key]}`, by its key '{key}'; give another")
+    its = next((key for key in _OF if key in tree), None)
+    if its and not tree.keys() & (_OF.keys() & kind.model_fields.keys()):
+        raise RecipeError(f"recipe '{path}' is one of `refine-control {_OF[its]}`, by its key '{its}'; give another")
     for key, value in overrides.items():
         _override(tree, key, value)
     return tree

@@ -19,7 +19,7 @@ MARKERS = "osD^"
 def plot(rows: list[Row], ours: str, cost: str, costs: Mapping[str, float | None], path: Path) -> None:
     """One panel for each domain and metric, in the hole; a point for each row that has this cost.
 
-    An arrow stands for a row so much worse that the others would lie on one spot. ours is larger, and red alone.
+    An arrow stands for a row so much worse that the others would lie on one spot. ours is larger, and alone in red.
     cost: one of COSTS. costs: row -> what it costs, None for nothing.
     """
     plt = pyplot()
@@ -33,7 +33,7 @@ def plot(rows: list[Row], ours: str, cost: str, costs: Mapping[str, float | None
     title, scale, unit = COSTS[cost]
     size = (3.0 * len(metrics), 2.9 * len(domains) + 0.9)
     figure, axes = plt.subplots(len(domains), len(metrics), figsize=size, squeeze=False)
-    looks = _looks(rows, ours)
+    looks = _looks([row for row in rows if row.params], ours)
     for i, domain in enumerate(domains):
         for j, metric in enumerate(metrics):
             far = _far_off([row for row, _ in shown.values()], domain, metric)

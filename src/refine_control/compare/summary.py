@@ -24,7 +24,7 @@ PLOTS = {
     "macs": "Scores in the hole against the MACs of a picture (all steps)",
     "wall_seconds": "Scores in the hole against the time of training (steps times the measured time of a step)",
 }
-LEGEND = "red: the method; bars: standard deviation over seeds; an arrow: beyond the axis."
+LEGEND = "red: the method, its spread a band; bars: standard deviation over seeds; an arrow: beyond the axis."
 
 
 def summarise(plan: CompareRecipe, done: Sequence[Run], times: Times, shop: Workshop) -> str:

@@ -61,15 +61,13 @@ def read_mask(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | No
     """Decode a mask to uint8 (H, W) of {0, 1}: brighter than 127 is 1, the hole to fill (as in diffusers).
 
     Raises DataError as `read_image` does, and for what would silently be another hole than was meant: a mask stored as
-    0 and 1 instead of 0 and 255, one with transparent parts, and a picture, a quarter of it neither black nor white.
+    0 and 1 instead of 0 and 255, and one with transparent parts.
     """
-    level = _decode(source, max_pixels, name, _to_grey)
-    label = name or (str(source) if not isinstance(source, bytes) else "mask")
-    if level.max() == 1:
+    grey = _decode(source, max_pixels, name, _to_grey)
+    if grey.max() == 1:
+        label = name or (str(source) if not isinstance(source, bytes) else "mask")
         raise DataError(f"{label}: the mask's brightest value is 1 of 255; store holes as 255 (white)")
-    if (grey := float(((level > 31) & (level < 224)).mean())) > 0.25:
-        raise DataError(f"{label}: {grey:.0%} of it is neither black nor white; draw holes white on black")
-    return (level > 127).astype(np.uint8)
+    return (grey > 127).astype(np.uint8)
 
 
 def fit_square(image: np.ndarray, resolution: int, mode: FitMode = "crop") -> np.ndarray:

@@ -36,8 +36,8 @@ def generate(
     that resolution. What `config` leaves unset is as the model asks, see `Model.usual`.
 
     Raises:
-        DataError: picture and mask cannot be read or differ in size, the mask is empty, the prompt is no Unicode, or
-            `out` cannot be written.
+        DataError: picture and mask cannot be read or differ in size, the mask is empty or in colour, the prompt is no
+            Unicode, or `out` cannot be written.
         RecipeError: see `sample`.
     """
     if not is_unicode(prompt):  # so Python spells bytes of a command line that are no UTF-8
@@ -45,6 +45,10 @@ def generate(
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise DataError(f"'{out}' has no ending of a kind of picture; give --out one, as in filled.png")
     picture, hole = read_image(image), read_mask(mask)
+    if (np.ptp(read_image(mask), axis=-1) > 63).mean() > 0.05:
+        raise DataError(
+            f"'{mask}' is in colour, a picture and no mask; give one that is white where to fill, else black"
+        )
     if picture.shape[:2] != hole.shape:
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")

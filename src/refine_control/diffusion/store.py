@@ -113,8 +113,8 @@ def resolve(name: str, own_controlnets: bool = True) -> Path:
         folder = hub.download(name, "model_index.json", FOLDERS + (r"|controlnet(_\d+)?" if own_controlnets else ""))
     if not (folder / "model_index.json").is_file():
         mend = "give a folder, zoo:NAME or org/repo on the hub"
-        if (inner := folder / "student" / "model_index.json").is_file():  # of a run
-            mend = f"give '{inner.parent}'"
+        for inner in (folder / "student", folder / "model"):  # of a run
+            mend = f"give '{inner}'" if (inner / "model_index.json").is_file() else mend
         raise ModelError(f"'{name}' is no saved pipeline: it has no model_index.json; {mend}")
     return folder
 

@@ -68,7 +68,7 @@ def read_pair(image: Path, mask: Path, side: int) -> tuple[np.ndarray, np.ndarra
 
     Raises:
         ExportError: one cannot be decoded or has more than MAX_PIXELS, they differ in size, the mask is transparent
-            in places, has nothing white or is a picture.
+            in places or in colour, or has nothing white.
     """
     picture, white = _read(image), _read(mask)
     if picture.size != white.size:
@@ -76,14 +76,15 @@ def read_pair(image: Path, mask: Path, side: int) -> tuple[np.ndarray, np.ndarra
         raise ExportError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     if np.asarray(white)[..., 3].min() < 255:
         raise ExportError(f"'{mask}' is transparent in places; save it without transparency, white where to fill")
-    level = np.asarray(white.convert("RGB").convert("L"))
-    if (grey := float(((level > 31) & (level < 224)).mean())) > 0.25:
-        raise ExportError(f"'{mask}': {grey:.0%} of it is neither black nor white; draw holes white on black")
+    if (np.ptp(np.asarray(white)[..., :3], axis=-1) > 63).mean() > 0.05:
+        raise ExportError(
+            f"'{mask}' is in colour, a picture and no mask; give one that is white where to fill, else black"
+        )
     least = min(picture.size)
     left, top = (picture.width - least) / 2, (picture.height - least) / 2
     box = (left, top, left + least, top + least)
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    hole = Image.fromarray(255 * (level > 127).astype(np.uint8))
+    hole = white.convert("RGB").convert("L").point(lambda grey: 255 * (grey > 127))
     fitted = np.array(hole.resize((side, side), Image.Resampling.BOX, box=box)) > 127
     if not fitted.any():
         raise ExportError(f"'{mask}' has no white (255) at {side}x{side}, the model's size; nothing is to be filled")
