@@ -229,10 +229,7 @@ _OF = {"rows": "compare", "denoiser": "train-teacher", "student": "distill"}  # 
 
 def load(kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None = None) -> R:
     """Reads a recipe and lays dotted overrides over it, e.g. {"stage1.steps": "100"}; text is read by `read_flag`.
-
-    Raises:
-        RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind; names the key and the value.
-    """
+    Raises RecipeError, which names the key and the value: no such file, not YAML, an unknown key, a wrong value."""
     return validate(kind, read_tree(kind, path, overrides or {}), f"recipe '{path}'")
 
 
