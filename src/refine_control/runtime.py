@@ -40,6 +40,7 @@ MUST_HAVE: dict[str, Any] = {  # a type, such a dict, in a list what each value 
     "text": {"tokenizers": [str], "pad_ids": [int], "max_length": int, "empty_is_zeros": bool},
 }
 NEEDED = {"text_encoder", "denoiser", "vae_decoder"}  # of the graphs
+NO_MASK = "is in colour, a picture and no mask; give one that is white where to fill, else black"
 Arrays = dict[str, np.ndarray]
 
 
@@ -258,6 +259,11 @@ def _open(path: Path, threads: int) -> Any:
         raise ExportError(f"'{path.name}' needs {error.name}; pip install {error.name}") from None
     except Exception as error:  # each engine raises types of its own on a file that is not what it should be
         raise ExportError(f"'{path}' cannot be loaded: {one_line(error)}") from None
+
+
+def is_coloured(pixels: np.ndarray) -> bool:
+    """Whether a twentieth of uint8 (H, W, 3) has more colour than compression lends to grey."""
+    return bool((np.ptp(pixels, axis=-1) > 63).mean() > 0.05)
 
 
 def one_line(error: Exception) -> str:

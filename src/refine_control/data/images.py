@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from refine_control.errors import DataError
+from refine_control.runtime import NO_MASK, is_coloured
 
 MAX_PIXELS = 64_000_000
 LARGEST_SIDE = math.isqrt(MAX_PIXELS)  # of a square that can be read back
@@ -57,16 +58,21 @@ def _decode(source: Path | bytes, max_pixels: int, name: str | None, to_array: C
         raise DataError(f"{label}: cannot be decoded ({_one_line(error)}); replace or remove it") from None
 
 
-def read_mask(source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
+def read_mask(
+    source: Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None, coloured: bool = True
+) -> np.ndarray:
     """Decode a mask to uint8 (H, W) of {0, 1}: brighter than 127 is 1, the hole to fill (as in diffusers).
 
     Raises DataError as `read_image` does, and for what would silently be another hole than was meant: a mask stored as
-    0 and 1 instead of 0 and 255, and one with transparent parts.
+    0 and 1 instead of 0 and 255, one with transparent parts, and where not `coloured` one in colour.
     """
-    grey = _decode(source, max_pixels, name, _to_grey)
+    opaque = _decode(source, max_pixels, name, _to_opaque)
+    grey = np.asarray(Image.fromarray(opaque).convert("L"))
+    label = name or (str(source) if not isinstance(source, bytes) else "mask")
     if grey.max() == 1:
-        label = name or (str(source) if not isinstance(source, bytes) else "mask")
         raise DataError(f"{label}: the mask's brightest value is 1 of 255; store holes as 255 (white)")
+    if not coloured and is_coloured(opaque):
+        raise DataError(f"'{label}' {NO_MASK}")
     return (grey > 127).astype(np.uint8)
 
 
@@ -134,11 +140,11 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _to_grey(image: Image.Image) -> np.ndarray:
-    """Any PIL mode without transparency -> uint8 (H, W)."""
+def _to_opaque(image: Image.Image) -> np.ndarray:
+    """Any PIL mode without transparency -> uint8 (H, W, 3)."""
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise DataError("the mask is transparent in places; save it without transparency, white where to fill")
-    return np.asarray(Image.fromarray(_to_rgb(image)).convert("L"))
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

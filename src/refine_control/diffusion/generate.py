@@ -44,11 +44,7 @@ def generate(
         raise DataError(f"--prompt {prompt!r} is not UTF-8; write it in a terminal and a locale that are")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise DataError(f"'{out}' has no ending of a kind of picture; give --out one, as in filled.png")
-    picture, hole = read_image(image), read_mask(mask)
-    if (np.ptp(read_image(mask), axis=-1) > 63).mean() > 0.05:
-        raise DataError(
-            f"'{mask}' is in colour, a picture and no mask; give one that is white where to fill, else black"
-        )
+    picture, hole = read_image(image), read_mask(mask, coloured=False)
     if picture.shape[:2] != hole.shape:
         (h, w), (mh, mw) = picture.shape[:2], hole.shape
         raise DataError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from runtime import ExportError, Student, one_line  # type: ignore[import-not-found]
+from runtime import NO_MASK, ExportError, Student, is_coloured, one_line  # type: ignore[import-not-found]
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows more, and some of those start other programs
@@ -76,10 +76,8 @@ def read_pair(image: Path, mask: Path, side: int) -> tuple[np.ndarray, np.ndarra
         raise ExportError(f"'{mask}' is {mw}x{mh} but '{image}' is {w}x{h}; give a mask of the picture's size")
     if np.asarray(white)[..., 3].min() < 255:
         raise ExportError(f"'{mask}' is transparent in places; save it without transparency, white where to fill")
-    if (np.ptp(np.asarray(white)[..., :3], axis=-1) > 63).mean() > 0.05:
-        raise ExportError(
-            f"'{mask}' is in colour, a picture and no mask; give one that is white where to fill, else black"
-        )
+    if is_coloured(np.asarray(white)[..., :3]):
+        raise ExportError(f"'{mask}' {NO_MASK}")
     least = min(picture.size)
     left, top = (picture.width - least) / 2, (picture.height - least) / 2
     box = (left, top, left + least, top + least)
